@@ -1,0 +1,115 @@
+"""The router in plain PyTorch: its definition, and the factored version that needs no kernel.
+
+Both run on any device and dtype PyTorch knows, and neither looks at the other: the definition is what everything else
+is compared with, the factored version is what runs where a kernel cannot.
+"""
+
+import functools
+
+import torch
+
+# Tokens are routed in slices, so that the candidates of a long batch never sit in memory at once.
+CANDIDATES_PER_SLICE = 1 << 24
+
+
+def brute_force_router(router_logits_x, router_logits_y, num_experts_per_token):
+    """The definition: score all num_expert_sqrt² experts and sort them.
+
+    Args:
+        router_logits_x: (num_tokens, num_expert_sqrt), floating point; its row i belongs to experts i * N to i * N + N - 1.
+        router_logits_y: same shape, dtype and device; its column j belongs to experts j, N + j, 2N + j, ...
+        num_experts_per_token: k, from 0 to num_expert_sqrt².
+
+    Returns:
+        scores (num_tokens, k), best first, summed in fp32, rounded once to the logits' dtype; and
+        indices (num_tokens, k), int32; equal scores put the lower index first. Differentiable by autograd.
+    """
+    sums = (router_logits_x.float()[:, :, None] + router_logits_y.float()[:, None, :]).flatten(1)
+    order = sums.detach().sort(dim=1, descending=True, stable=True).indices[:, :num_experts_per_token]
+    return sums.gather(1, order).to(router_logits_x.dtype), order.int()
+
+
+def factored_router(router_logits_x, router_logits_y, num_experts_per_token):
+    """The same selection from the k best of each factor: O(N + k log k) a token instead of O(N²).
+
+    Sort both factors, best first. The pair of ranks (a, b), counted from 1, is beaten by a·b - 1 others, so only pairs
+    with a·b <= k can be selected: a staircase of about k·ln k candidates. (Selection in X + Y: Frederickson and Johnson,
+    1982. Product-key memories, Lample et al., 2019, search the whole k × k square.) Where rounding makes two different
+    sums equal, the lowest index among the staircase is taken, here and in every kernel, so all of them agree bit for bit.
+
+    Arguments and results as in `brute_force_router`, but without autograd: `backward_router` is the gradient.
+    """
+    num_tokens, num_expert_sqrt = router_logits_x.shape
+    k = num_experts_per_token
+    scores = router_logits_x.new_empty((num_tokens, k))
+    indices = torch.empty((num_tokens, k), dtype=torch.int32, device=router_logits_x.device)
+    if indices.numel():
+        rank_x, rank_y = _staircase(k, num_expert_sqrt)
+        slice_size = max(1, CANDIDATES_PER_SLICE // (len(rank_x) + k))
+        for start in range(0, num_tokens, slice_size):
+            part = slice(start, start + slice_size)
+            scores[part], indices[part] = _route_slice(router_logits_x[part], router_logits_y[part], k, rank_x, rank_y)
+    return scores, indices
+
+
+def backward_router(grad_scores, indices, num_expert_sqrt):
+    """The gradient of both factors: each selected pair adds its score's gradient to its row and to its column.
+
+    Args:
+        grad_scores: (num_tokens, k), floating point, any strides.
+        indices: (num_tokens, k), int32, as the forward pass returned them.
+        num_expert_sqrt: N.
+
+    Returns:
+        grad_x, grad_y: (num_tokens, N) in grad_scores' dtype, accumulated in fp32.
+    """
+    grad = grad_scores.float()
+    zeros = grad.new_zeros((len(grad), num_expert_sqrt))
+    rows, columns = indices.long() // num_expert_sqrt, indices.long() % num_expert_sqrt
+    return tuple(zeros.scatter_add(1, target, grad).to(grad_scores.dtype) for target in (rows, columns))
+
+
+@functools.lru_cache(maxsize=64)
+def _staircase(k, num_expert_sqrt):
+    """The rank pairs (a, b), counted from 0, that can be among the k best; kept on the CPU."""
+    longest = min(k, num_expert_sqrt)
+    pairs = [(a, b) for a in range(longest) for b in range(min(longest, k // (a + 1)))]
+    return tuple(torch.tensor(ranks) for ranks in zip(*pairs, strict=True))
+
+
+def _route_slice(x, y, k, rank_x, rank_y):
+    num_expert_sqrt = x.shape[1]
+    rank_x, rank_y = rank_x.to(x.device), rank_y.to(x.device)
+    best_x, rows = _top(x, min(k, num_expert_sqrt))
+    best_y, columns = _top(y, min(k, num_expert_sqrt))
+    sums = best_x[:, rank_x] + best_y[:, rank_y]
+    pairs = rows[:, rank_x] * num_expert_sqrt + columns[:, rank_y]
+
+    # Among -inf pairs only the index counts, which the staircase does not know. Fewer than k pairs are finite when any
+    # -inf is selected, so the -inf pairs among the first k experts are enough to fill up.
+    first = torch.arange(k, device=x.device).expand(len(x), k)
+    first_sums = x.float().gather(1, first // num_expert_sqrt) + y.float().gather(1, first % num_expert_sqrt)
+    ordinary = (best_x[:, :1] < torch.inf) & (best_y[:, :1] < torch.inf)  # a NaN or +inf makes counting pairs unsafe
+    lowest = torch.iinfo(torch.int64).min
+    staircase = torch.where(ordinary & (sums == -torch.inf), lowest, _pack(sums, pairs))
+    masked = torch.where(ordinary & (first_sums == -torch.inf), _pack(first_sums, first), lowest)
+    return _unpack(torch.cat((staircase, masked), dim=1).topk(k).values)
+
+
+def _top(logits, count):
+    """The `count` largest logits of each row, lower columns first among equals: fp32 values (-0.0 as 0.0), columns."""
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    return _unpack(_pack(logits.float(), columns).topk(count).values)
+
+
+def _pack(value, index):
+    """fp32 value and index as one int64 of the same order: the PyTorch twin of `keys.pack`."""
+    bits = (value + 0.0).view(torch.int32)
+    key = torch.where(value == value, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+    return (key.long() << 32) | (0x7FFFFFFF - index)
+
+
+def _unpack(packed):
+    key = (packed >> 32).int()
+    value = (key ^ ((key >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    return value, 0x7FFFFFFF - (packed & 0xFFFFFFFF)
