@@ -1,6 +1,16 @@
 """Exact top-k routing over N² experts from two logit vectors of length N, at the speed of memory."""
 
+from .configs import get_arch, get_arch_specific_configs, get_device
 from .reference import brute_force_router, factored_router
-from .router import omni_router
+from .router import omni_router, triton_omni_router_func, triton_omni_router_func_optimized
 
-__all__ = ["brute_force_router", "factored_router", "omni_router"]
+__all__ = [
+    "brute_force_router",
+    "factored_router",
+    "get_arch",
+    "get_arch_specific_configs",
+    "get_device",
+    "omni_router",
+    "triton_omni_router_func",
+    "triton_omni_router_func_optimized",
+]

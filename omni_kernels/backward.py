@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import device_of, output_dtype
+from .configs import device_of, kernel_input, output_dtype
 
 SCATTER_TILES = {"TILE_M": 32, "TILE_K": 16, "TILE_N": 128}
 DENSE_TILES = {"TILE_M": 32, "TILE_N": 64}
@@ -25,7 +25,8 @@ DENSE_TILES = {"TILE_M": 32, "TILE_N": 64}
 @triton.jit
 def _load_slot(grad_ptr, indices_ptr, tokens, slot, stride_gm, stride_gk, num_experts_per_token, mask):
     """One slot of every token: its gradient in fp32 and its expert."""
-    grad = tl.load(grad_ptr + tokens * stride_gm + slot * stride_gk, mask=mask, other=0.0).to(tl.float32)
+    slots = tl.zeros_like(tokens) + slot  # 64 bits, as slot * stride_gk may need them
+    grad = tl.load(grad_ptr + tokens * stride_gm + slots * stride_gk, mask=mask, other=0.0).to(tl.float32)
     return grad, tl.load(indices_ptr + tokens * num_experts_per_token + slot, mask=mask, other=0)
 
 
@@ -94,7 +95,8 @@ def backward(grad_scores, indices, num_expert_sqrt):
     """The gradients of both factors, from the gradient of the scores. Any k; the same bits on every run.
 
     Args:
-        grad_scores: (num_tokens, k), fp32, fp16 or bf16, on a GPU (or on the CPU under Triton's interpreter), any strides.
+        grad_scores: (num_tokens, k), fp32, fp16 or bf16, on a GPU (or on the CPU under Triton's interpreter), any
+            strides, at least one token.
         indices: (num_tokens, k), int32, contiguous, as the forward pass returned them.
         num_expert_sqrt: N.
 
@@ -103,10 +105,11 @@ def backward(grad_scores, indices, num_expert_sqrt):
     """
     num_tokens, k = grad_scores.shape
     shape, dtype = (num_tokens, num_expert_sqrt), grad_scores.dtype
-    grad_x, grad_y = (torch.empty(shape, dtype=output_dtype(dtype), device=grad_scores.device) for _ in range(2))
+    grad = kernel_input(grad_scores)
+    grad_x, grad_y = (torch.empty(shape, dtype=output_dtype(dtype), device=grad.device) for _ in range(2))
     kernel, tiles = (scatter_kernel, SCATTER_TILES) if num_expert_sqrt > k else (dense_kernel, DENSE_TILES)
-    with device_of(grad_scores):
+    with device_of(grad):
         kernel[(triton.cdiv(num_tokens, tiles["TILE_M"]),)](
-            grad_scores, indices, grad_x, grad_y, *grad_scores.stride(), num_tokens, num_expert_sqrt, k, **tiles
+            grad, indices, grad_x, grad_y, *grad.stride(), num_tokens, num_expert_sqrt, k, **tiles
         )
     return grad_x.to(dtype), grad_y.to(dtype)

@@ -1,7 +1,8 @@
-"""The exact factored router in one kernel: the k best of each factor, then the k best of their staircase.
+"""The exact factored router: the k best of each factor, then the k best of their staircase (reference.py).
 
-A program holds whole rows of TILE_M tokens. Packed keys (keys.py) turn both selections into `tl.topk` of integers; the
-staircase (reference.py) keeps the second one at about k·ln k candidates, where the k × k square would have k².
+`factored_forward` picks the kernel. row_per_thread.py gives each token a thread, and is the faster one wherever it can
+run. The kernel here gives TILE_M tokens to a program and is plain Triton: packed keys (keys.py) turn both selections
+into `tl.topk` of integers, and the staircase keeps the second at k·ln k candidates, where the k × k square has k².
 """
 
 import math
@@ -10,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import device_of, output_dtype
+from . import row_per_thread
+from .configs import device_of, get_arch, interpreting, kernel_input, output_dtype
 from .keys import LOWEST_KEY, pack, unpack
 
 MAX_EXPERTS_PER_TOKEN = 64
@@ -18,7 +20,9 @@ MAX_EXPERT_SQRT = 4096  # a row must fit in one tile
 
 
 @triton.jit
-def _top_of_rows(logits_ptr, row_offsets, stride_n, in_batch, num_expert_sqrt, TILE_N: tl.constexpr, TILE_K: tl.constexpr):
+def _top_of_rows(
+    logits_ptr, row_offsets, stride_n, in_batch, num_expert_sqrt, TILE_N: tl.constexpr, TILE_K: tl.constexpr
+):
     """The TILE_K best (value, column) of each row, best first."""
     columns = tl.arange(0, TILE_N)
     mask = in_batch[:, None] & (columns < num_expert_sqrt)[None, :]
@@ -30,11 +34,11 @@ def _top_of_rows(logits_ptr, row_offsets, stride_n, in_batch, num_expert_sqrt, T
 
 @triton.jit
 def _staircase(num_candidates: tl.constexpr, K: tl.constexpr, SIDE: tl.constexpr):
-    """Rank pairs (a, b), from 0, with (a + 1)·(b + 1) <= K: SIDE rows of it, then what the first SIDE columns have left."""
+    """Rank pairs (a, b), from 0, with (a + 1)·(b + 1) <= K: SIDE rows, then what the first SIDE columns have left."""
     candidates = tl.arange(0, num_candidates)
     rank_x = tl.full((num_candidates,), 0, tl.int32)
     rank_y = tl.full((num_candidates,), 0, tl.int32)
-    start: tl.constexpr = 0
+    start = 0
     for side in tl.static_range(SIDE):
         inside = (candidates >= start) & (candidates < start + K // (side + 1))
         rank_x = tl.where(inside, side, rank_x)
@@ -65,28 +69,39 @@ def factored_kernel(
     is_candidate &= (rank_x < num_expert_sqrt) & (rank_y < num_expert_sqrt)
     at_x = tl.broadcast_to(rank_x[None, :], (TILE_M, NUM_CANDIDATES))
     at_y = tl.broadcast_to(rank_y[None, :], (TILE_M, NUM_CANDIDATES))
-    sums = tl.gather(best_x, at_x, 1) + tl.gather(best_y, at_y, 1)
-    experts = tl.gather(rows, at_x, 1) * num_expert_sqrt + tl.gather(columns, at_y, 1)
-    keys = tl.topk(tl.where(is_candidate[None, :], pack(sums, experts), LOWEST_KEY), TILE_K, dim=1)
-
+    # Where +inf may meet -inf, or NaN is there, all of the token's scores become NaN: every path agrees on that.
     slots = tl.arange(0, TILE_K)
-    scores, indices = unpack(keys)
+    last = tl.full((TILE_M, TILE_K), 0, tl.int32) + tl.minimum(K, num_expert_sqrt) - 1
+    opposites = (best_x + tl.gather(best_y, last, 1), best_y + tl.gather(best_x, last, 1))
+    clash = (slots == 0)[None, :] & ((opposites[0] != opposites[0]) | (opposites[1] != opposites[1]))
+    poison = tl.where(tl.sum(clash.to(tl.int32), 1) == 0, 0.0, float("nan"))
+    sums = tl.gather(best_x, at_x, 1) + tl.gather(best_y, at_y, 1) + poison[:, None]
+    rows_and_ranks = tl.gather(rows, at_x, 1) * TILE_K + at_y
+    keys = tl.topk(tl.where(is_candidate[None, :], pack(sums, rows_and_ranks), LOWEST_KEY), TILE_K, dim=1)
+
+    scores, rows_and_ranks = unpack(keys)
+    is_slot = (slots < K)[None, :]
+    rank = tl.where(is_slot, rows_and_ranks % TILE_K, 0)
+    indices = rows_and_ranks // TILE_K * num_expert_sqrt + tl.gather(columns, rank, 1)
     outputs = tokens[:, None] * K + slots[None, :]
-    mask = in_batch[:, None] & (slots < K)[None, :]
+    mask = in_batch[:, None] & is_slot
     tl.store(scores_ptr + outputs, scores.to(scores_ptr.dtype.element_ty), mask=mask)
 
-    # Among -inf pairs only the index counts, which the staircase does not know. Fewer than K pairs are finite when one
-    # of them is selected, so the -inf pairs among the first K experts fill up. A NaN or +inf makes counting unsafe.
-    ordinary = (tl.max(best_x, 1) < float("inf")) & (tl.max(best_y, 1) < float("inf"))
-    num_finite = tl.where(ordinary, tl.sum((scores > float("-inf")).to(tl.int32), 1), K)
+    # Among -inf pairs only the index counts, which the staircase does not know. Where one of them is selected, fewer
+    # than K others exist, so the -inf pairs among the first K experts are enough. With NaN or +inf about, they may not.
+    best_is_unsafe = (slots == 0)[None, :] & ~((best_x < float("inf")) & (best_y < float("inf")))
+    fill = in_batch & (tl.sum(best_is_unsafe.to(tl.int32), 1) == 0)
+    num_finite = tl.where(fill, tl.sum((is_slot & (scores > float("-inf"))).to(tl.int32), 1), K)
     tl.store(indices_ptr + outputs, indices, mask=mask & (slots[None, :] < num_finite[:, None]))
-    if tl.min(tl.where(in_batch, num_finite, K), 0) < K:
-        x = tl.load(x_ptr + (tokens * stride_xm)[:, None] + (slots // num_expert_sqrt).to(tl.int64)[None, :] * stride_xn, mask=mask, other=0.0)
-        y = tl.load(y_ptr + (tokens * stride_ym)[:, None] + (slots % num_expert_sqrt).to(tl.int64)[None, :] * stride_yn, mask=mask, other=0.0)
-        masked = mask & (x.to(tl.float32) + y.to(tl.float32) == float("-inf"))
+    if tl.min(num_finite, 0) < K:
+        x_offsets = (tokens * stride_xm)[:, None] + (slots // num_expert_sqrt).to(tl.int64)[None, :] * stride_xn
+        y_offsets = (tokens * stride_ym)[:, None] + (slots % num_expert_sqrt).to(tl.int64)[None, :] * stride_yn
+        x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + y_offsets, mask=mask, other=0.0).to(tl.float32)
+        masked = mask & (x + y == float("-inf"))
         slot = num_finite[:, None] + tl.cumsum(masked.to(tl.int32), 1) - 1
-        outputs = tokens[:, None] * K + slot
-        tl.store(indices_ptr + outputs, tl.broadcast_to(slots[None, :], (TILE_M, TILE_K)), mask=masked & (slot < K))
+        experts = tl.broadcast_to(slots[None, :], (TILE_M, TILE_K))
+        tl.store(indices_ptr + tokens[:, None] * K + slot, experts, mask=masked & (slot < K))
 
 
 def factored_forward(router_logits_x, router_logits_y, num_experts_per_token):
@@ -102,17 +117,19 @@ def factored_forward(router_logits_x, router_logits_y, num_experts_per_token):
     """
     num_tokens, num_expert_sqrt = router_logits_x.shape
     k, dtype, device = num_experts_per_token, router_logits_x.dtype, router_logits_x.device
+    fits_a_thread = k <= row_per_thread.MAX_EXPERTS_PER_TOKEN and num_expert_sqrt <= row_per_thread.MAX_EXPERT_SQRT
+    if fits_a_thread and (interpreting() or get_arch(device).startswith("cuda")):
+        return row_per_thread.row_per_thread_forward(router_logits_x, router_logits_y, k)
+    x, y = kernel_input(router_logits_x), kernel_input(router_logits_y)
     scores = torch.empty((num_tokens, k), dtype=output_dtype(dtype), device=device)
     indices = torch.empty((num_tokens, k), dtype=torch.int32, device=device)
     tile_k = triton.next_power_of_2(k)
     tile_n = max(tile_k, triton.next_power_of_2(num_expert_sqrt))
-    num_candidates = sum(k // rank for rank in range(1, k + 1))
-    tile_m = max(1, 4096 // max(tile_n, triton.next_power_of_2(num_candidates)))
-    with device_of(router_logits_x):
+    num_candidates = max(tile_k, triton.next_power_of_2(sum(k // rank for rank in range(1, k + 1))))
+    tile_m = max(1, 4096 // max(tile_n, num_candidates))
+    with device_of(x):
         factored_kernel[(triton.cdiv(num_tokens, tile_m),)](
-            router_logits_x, router_logits_y, scores, indices,
-            *router_logits_x.stride(), *router_logits_y.stride(), num_tokens, num_expert_sqrt,
-            K=k, TILE_M=tile_m, TILE_N=tile_n, TILE_K=tile_k,
-            NUM_CANDIDATES=max(tile_k, triton.next_power_of_2(num_candidates)), SIDE=math.isqrt(k),
+            x, y, scores, indices, *x.stride(), *y.stride(), num_tokens, num_expert_sqrt,
+            K=k, TILE_M=tile_m, TILE_N=tile_n, TILE_K=tile_k, NUM_CANDIDATES=num_candidates, SIDE=math.isqrt(k),
         )  # fmt: skip
     return scores.to(dtype), indices

@@ -2,7 +2,8 @@
 
 A float's bits, with the magnitude bits of negative numbers flipped, order as a signed integer exactly as the floats do.
 Writing the reversed index below them gives one 64-bit key whose plain integer maximum is the largest score and, among
-equal scores, the lowest index: ties need no code of their own. (The trick is radix sort's; see D. Knuth, TAOCP 3, 5.2.5.)
+equal scores, the lowest index: ties need no code of their own. (The trick is radix sort's; see D. Knuth, TAOCP 3,
+5.2.5.)
 """
 
 import triton
@@ -12,10 +13,14 @@ LOWEST_KEY = tl.constexpr(-(1 << 63))  # below every packed key: what padding so
 
 
 @triton.jit
-def float_to_key(value):
-    """fp32 -> int32 of the same order; -0.0 ties with 0.0, and NaN, whatever its sign, comes above +inf."""
+def float_to_key(value, NVIDIA: tl.constexpr = False):
+    """fp32 -> int32 of the same order; -0.0 ties with 0.0, and NaN, whatever its sign, comes above +inf.
+
+    An NVIDIA addition turns every NaN into 0x7FFFFFFF, which is already the key it needs.
+    """
     bits = (value + 0.0).to(tl.int32, bitcast=True)
-    return tl.where(value == value, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return key if NVIDIA else tl.where(value == value, key, 0x7FFFFFFF)
 
 
 @triton.jit

@@ -16,9 +16,9 @@ def brute_force_router(router_logits_x, router_logits_y, num_experts_per_token):
     """The definition: score all num_expert_sqrt² experts and sort them.
 
     Args:
-        router_logits_x: (num_tokens, num_expert_sqrt), floating point; its row i belongs to experts i * N to i * N + N - 1.
+        router_logits_x: (num_tokens, N), floating point; its column i belongs to experts i * N to i * N + N - 1.
         router_logits_y: same shape, dtype and device; its column j belongs to experts j, N + j, 2N + j, ...
-        num_experts_per_token: k, from 0 to num_expert_sqrt².
+        num_experts_per_token: k, from 0 to N².
 
     Returns:
         scores (num_tokens, k), best first, summed in fp32, rounded once to the logits' dtype; and
@@ -33,9 +33,12 @@ def factored_router(router_logits_x, router_logits_y, num_experts_per_token):
     """The same selection from the k best of each factor: O(N + k log k) a token instead of O(N²).
 
     Sort both factors, best first. The pair of ranks (a, b), counted from 1, is beaten by a·b - 1 others, so only pairs
-    with a·b <= k can be selected: a staircase of about k·ln k candidates. (Selection in X + Y: Frederickson and Johnson,
-    1982. Product-key memories, Lample et al., 2019, search the whole k × k square.) Where rounding makes two different
-    sums equal, the lowest index among the staircase is taken, here and in every kernel, so all of them agree bit for bit.
+    with a·b <= k can be selected: a staircase of about k·ln k candidates. (Selection in X + Y: Frederickson and
+    Johnson, 1982. Product-key memories, Lample et al., 2019, search the whole k × k square.) Equal sums put the lower
+    row first, and within a row the better rank: for sums that are exactly equal that is the lower index, and where only
+    rounding made them equal it is an order that every row of the staircase already has, so the kernels, which merge
+    those rows, agree with this function bit for bit. A token with NaN, or with +inf where -inf may meet it, gets NaN
+    for all its scores.
 
     Arguments and results as in `brute_force_router`, but without autograd: `backward_router` is the gradient.
     """
@@ -45,7 +48,7 @@ def factored_router(router_logits_x, router_logits_y, num_experts_per_token):
     indices = torch.empty((num_tokens, k), dtype=torch.int32, device=router_logits_x.device)
     if indices.numel():
         rank_x, rank_y = _staircase(k, num_expert_sqrt)
-        slice_size = max(1, CANDIDATES_PER_SLICE // (len(rank_x) + k))
+        slice_size = max(1, CANDIDATES_PER_SLICE // (len(rank_x) + k + num_expert_sqrt))
         for start in range(0, num_tokens, slice_size):
             part = slice(start, start + slice_size)
             scores[part], indices[part] = _route_slice(router_logits_x[part], router_logits_y[part], k, rank_x, rank_y)
@@ -82,18 +85,24 @@ def _route_slice(x, y, k, rank_x, rank_y):
     rank_x, rank_y = rank_x.to(x.device), rank_y.to(x.device)
     best_x, rows = _top(x, min(k, num_expert_sqrt))
     best_y, columns = _top(y, min(k, num_expert_sqrt))
-    sums = best_x[:, rank_x] + best_y[:, rank_y]
-    pairs = rows[:, rank_x] * num_expert_sqrt + columns[:, rank_y]
+    # Where +inf may meet -inf, or NaN is there, all of the token's scores become NaN: every path agrees on that.
+    clash = (best_x[:, :1] + best_y[:, -1:]).isnan() | (best_y[:, :1] + best_x[:, -1:]).isnan()
+    sums = torch.where(clash, torch.nan, best_x[:, rank_x] + best_y[:, rank_y])
+    row_and_rank = rows[:, rank_x] * num_expert_sqrt + rank_y
+    scores, row_and_rank = _unpack(_pack(sums, row_and_rank).topk(k).values)
+    row, rank = row_and_rank // num_expert_sqrt, row_and_rank % num_expert_sqrt
+    indices = row * num_expert_sqrt + columns.gather(1, rank)
 
-    # Among -inf pairs only the index counts, which the staircase does not know. Fewer than k pairs are finite when any
-    # -inf is selected, so the -inf pairs among the first k experts are enough to fill up.
-    first = torch.arange(k, device=x.device).expand(len(x), k)
-    first_sums = x.float().gather(1, first // num_expert_sqrt) + y.float().gather(1, first % num_expert_sqrt)
-    ordinary = (best_x[:, :1] < torch.inf) & (best_y[:, :1] < torch.inf)  # a NaN or +inf makes counting pairs unsafe
-    lowest = torch.iinfo(torch.int64).min
-    staircase = torch.where(ordinary & (sums == -torch.inf), lowest, _pack(sums, pairs))
-    masked = torch.where(ordinary & (first_sums == -torch.inf), _pack(first_sums, first), lowest)
-    return _unpack(torch.cat((staircase, masked), dim=1).topk(k).values)
+    # Among -inf pairs only the index counts, which the staircase does not know. Where one of them is selected, fewer
+    # than k others exist, so the -inf pairs among the first k experts are enough. (With NaN or +inf about, they may not
+    # be: those tokens keep what the staircase gave.)
+    ordinary = (best_x[:, :1] < torch.inf) & (best_y[:, :1] < torch.inf)
+    first = torch.arange(k, device=x.device)
+    masked = ordinary & (x[:, first // num_expert_sqrt].float() + y[:, first % num_expert_sqrt].float() == -torch.inf)
+    slot = (scores > -torch.inf).sum(1, keepdim=True) + masked.cumsum(1) - 1
+    slot = torch.where(masked & (slot < k), slot, k)  # column k takes what is not wanted
+    indices = torch.cat((indices, indices[:, :1]), dim=1).scatter(1, slot, first.expand_as(slot))
+    return scores, indices[:, :k]
 
 
 def _top(logits, count):

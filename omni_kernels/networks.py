@@ -1,0 +1,73 @@
+"""Sorting networks over tuples of tensors: a tuple's n tensors hold n keys of every token, and no key leaves its lane.
+
+Where each thread owns a token, a compare-exchange is a handful of instructions on registers: no shuffle, no shared
+memory, no branch. Batcher's odd-even merge (Knuth, TAOCP 3, 5.3.4) takes any two lengths, and what a caller slices off
+the result, the compiler removes from the network: `merge(a, b)[:k]` pays for the k best alone.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def exchange(a, b, NVIDIA: tl.constexpr):
+    """The larger and the smaller of two int32 or int64 keys.
+
+    64-bit keys are exchanged in PTX on NVIDIA GPUs: compilers would turn it into a minimum and a maximum, and compare
+    twice, unless they see halves.
+    """
+    if NVIDIA and a.dtype == tl.int64:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .pred p;
+            .reg .b32 al, ah, bl, bh, cl, ch, dl, dh;
+            mov.b64 {al, ah}, $2;
+            mov.b64 {bl, bh}, $3;
+            setp.lt.s64 p, $2, $3;
+            selp.b32 cl, bl, al, p;
+            selp.b32 ch, bh, ah, p;
+            selp.b32 dl, al, bl, p;
+            selp.b32 dh, ah, bh, p;
+            mov.b64 $0, {cl, ch};
+            mov.b64 $1, {dl, dh};
+            }""",
+            "=&l,=&l,l,l", [a, b], (tl.int64, tl.int64), True, 1,
+        )  # fmt: skip
+    else:
+        swap = a < b
+        return tl.where(swap, b, a), tl.where(swap, a, b)
+
+
+@triton.jit
+def merge(a, b, LENGTH: tl.constexpr, NVIDIA: tl.constexpr):
+    """Merge two descending tuples into one.
+
+    LENGTH is len(a): Triton 3.6 names a specialized function after the elements of its tuples but not after where one
+    tuple ends, and would take two and two keys for three and one.
+    """
+    if len(a) == 0:
+        return b
+    elif len(b) == 0:
+        return a
+    elif len(a) + len(b) == 2:
+        return exchange(a[0], b[0], NVIDIA)
+    else:
+        evens = merge(a[0::2], b[0::2], len(a[0::2]), NVIDIA)
+        odds = merge(a[1::2], b[1::2], len(a[1::2]), NVIDIA)
+        merged = evens[:1]
+        for i in tl.static_range(len(odds)):
+            if i + 1 < len(evens):
+                merged = merged + exchange(evens[i + 1], odds[i], NVIDIA)
+            else:
+                merged = merged + odds[i:]
+        return merged + evens[len(odds) + 1 :]
+
+
+@triton.jit
+def sort(keys, NVIDIA: tl.constexpr):
+    """Sort a tuple, descending."""
+    HALF: tl.constexpr = len(keys) // 2
+    if HALF == 0:
+        return keys
+    else:
+        return merge(sort(keys[:HALF], NVIDIA), sort(keys[HALF:], NVIDIA), HALF, NVIDIA)

@@ -1,0 +1,363 @@
+"""The factored router with a thread to a token: every sort happens in a thread's own registers.
+
+A thread finds the k best of each of its two rows, then the k best pairs among their staircase (reference.py), with
+sorting networks on tuples of [TILE_M] tensors (networks.py). A row passes through shared memory (words.py) in tiles of
+TILE_N columns; of each tile the thread first keeps one maximum a chunk of CHUNK columns and sorts those, since the k
+best columns lie in the k chunks with the largest maxima, then sorts the columns of those k chunks alone.
+
+Keys carry their own tie-break. A 16-bit logit leaves the low bits of its fp32 pattern free, so value and column share
+one 32-bit integer; an fp32 logit takes 64 bits. A pair's key is the 64 bits (sum, row, rank of the column): within a
+row of the staircase the rank orders exactly as the exact sums do, so every row of it is sorted even where rounding
+makes different sums equal, and the merges never disagree with a full sort.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .configs import device_of, interpreting, kernel_input, output_dtype
+from .keys import float_to_key, key_to_float
+from .networks import merge, sort
+from .words import allocate_rows, copy_rows, load_shared, load_value, store_row, unpack_word, wait_for_rows
+
+MAX_EXPERTS_PER_TOKEN = 32  # more would not fit in a thread's registers
+MAX_EXPERT_SQRT = 1 << 13  # row, rank and column of a pair share 31 bits
+ROW_BYTES = 512  # what of a row is in shared memory at once
+MIN_TILE = 64  # columns below which a tile is not worth staging
+
+# How many low bits of a key hold the column: what the fp32 pattern of a logit leaves free. 32: a word of its own.
+INDEX_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 32}
+
+
+@triton.jit
+def _larger_halves(a, b, DTYPE: tl.constexpr):
+    """The two 16-bit maxima of two words, in one instruction; NaN wins."""
+    if DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise("max.NaN.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, True, 1)
+    else:
+        return tl.inline_asm_elementwise("max.NaN.f16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, True, 1)
+
+
+@triton.jit
+def _maximum(values):
+    """The largest of a tuple; NaN wins."""
+    if len(values) == 1:
+        return values[0]
+    else:
+        first, second = _maximum(values[: len(values) // 2]), _maximum(values[len(values) // 2 :])
+        return tl.maximum(first, second, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _staged_maxima(row, DTYPE: tl.constexpr, TILE_N: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr):
+    """The maxima of the TILE_N / CHUNK chunks of a row in shared memory."""
+    PER_WORD: tl.constexpr = 32 // DTYPE.primitive_bitwidth
+    maxima = ()
+    for start in tl.static_range(0, TILE_N * 4 // PER_WORD, VECTOR):
+        words = load_shared(row, start, VECTOR // 4)
+        for first in tl.static_range(0, len(words), CHUNK // PER_WORD):
+            word = words[first]
+            if PER_WORD == 2:
+                for i in tl.static_range(1, CHUNK // 2):
+                    word = _larger_halves(word, words[first + i], DTYPE)
+                maxima = maxima + (_maximum(unpack_word(word, DTYPE)),)
+            else:
+                chunk = ()
+                for i in tl.static_range(CHUNK):
+                    chunk = chunk + unpack_word(words[first + i], DTYPE)
+                maxima = maxima + (_maximum(chunk),)
+    return maxima
+
+
+@triton.jit
+def _staged_values(row, OFFSET: tl.constexpr, DTYPE: tl.constexpr, BYTES: tl.constexpr):
+    """BYTES (4, 8 or 16) of logits in shared memory, as fp32."""
+    words = load_shared(row, OFFSET, BYTES // 4)
+    values = ()
+    for i in tl.static_range(len(words)):
+        values = values + unpack_word(words[i], DTYPE)
+    return values
+
+
+@triton.jit
+def _key(value, index, INDEX_BITS: tl.constexpr, NVIDIA: tl.constexpr):
+    """Value and index as one integer whose order is value first, then the lower index."""
+    key = float_to_key(value.to(tl.float32), NVIDIA)
+    if INDEX_BITS == 32:
+        return (key.to(tl.int64) << 32) | (0x7FFFFFFF - index)
+    else:
+        MASK: tl.constexpr = (1 << INDEX_BITS) - 1
+        return (key & ~MASK) | (MASK - index)
+
+
+@triton.jit
+def _value_of(key, INDEX_BITS: tl.constexpr):
+    if INDEX_BITS == 32:
+        return key_to_float((key >> 32).to(tl.int32))
+    else:
+        MASK: tl.constexpr = (1 << INDEX_BITS) - 1
+        high = key & ~MASK
+        return (high ^ ((high >> 31) & (0x7FFFFFFF & ~MASK))).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _index_of(key, INDEX_BITS: tl.constexpr):
+    if INDEX_BITS == 32:
+        return 0x7FFFFFFF - key.to(tl.int32)
+    else:
+        MASK: tl.constexpr = (1 << INDEX_BITS) - 1
+        return MASK - (key & MASK)
+
+
+@triton.jit
+def _best_of_groups(keys, K: tl.constexpr, GROUP: tl.constexpr, NVIDIA: tl.constexpr):
+    """The K best of a tuple, descending, GROUP at a time."""
+    best = ()
+    for start in tl.static_range(0, len(keys), GROUP):
+        best = merge(best, sort(keys[start : start + GROUP], NVIDIA), len(best), NVIDIA)[:K]
+    return best
+
+
+@triton.jit
+def _keys(values, index, INDEX_BITS: tl.constexpr, NVIDIA: tl.constexpr):
+    """The keys of a tuple of values whose indices count up from `index`."""
+    keys = ()
+    for i in tl.static_range(len(values)):
+        keys = keys + (_key(values[i], index + i, INDEX_BITS, NVIDIA),)
+    return keys
+
+
+@triton.jit
+def _candidates_of_tile(row, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+                        CHUNK: tl.constexpr, VECTOR: tl.constexpr, INDEX_BITS: tl.constexpr):  # fmt: skip
+    """Keys (value, column) of a tile in shared memory among which its K best are: all of it, or its K best chunks."""
+    BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    keys = ()
+    if CHUNK == 1:
+        for start in tl.static_range(0, TILE_N * BYTES, VECTOR):
+            values = _staged_values(row, start, DTYPE, VECTOR)
+            keys = keys + _keys(values, start // BYTES, INDEX_BITS, True)
+    else:
+        maxima = _staged_maxima(row, DTYPE, TILE_N, CHUNK, VECTOR)
+        chunks = _best_of_groups(_keys(maxima, 0, INDEX_BITS, True), K, GROUP, True)
+        for i in tl.static_range(len(chunks)):
+            start = _index_of(chunks[i], INDEX_BITS) * CHUNK
+            values = _staged_values(row + start * BYTES, 0, DTYPE, CHUNK * BYTES)
+            keys = keys + _keys(values, start, INDEX_BITS, True)
+    return keys
+
+
+@triton.jit
+def _lowest(like, K: tl.constexpr, INDEX_BITS: tl.constexpr):
+    """K keys below all others."""
+    keys = ()
+    for _ in tl.static_range(K):
+        if INDEX_BITS == 32:
+            keys = keys + (tl.full(like.shape, -(1 << 63), tl.int64),)
+        else:
+            keys = keys + (tl.full(like.shape, -(1 << 31), tl.int32),)
+    return keys
+
+
+@triton.jit
+def _where(condition, a, b):
+    chosen = ()
+    for i in tl.static_range(len(a)):
+        chosen = chosen + (tl.where(condition, a[i], b[i]),)
+    return chosen
+
+
+@triton.jit
+def _shift(keys, column):
+    """The keys of a tile's columns -> those of the row's, `column` further right."""
+    shifted = ()
+    for i in tl.static_range(len(keys)):
+        shifted = shifted + (keys[i] - column,)
+    return shifted
+
+
+@triton.jit
+def _top_of_strided_row(row_ptrs, stride_n, NUM_COLUMNS: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+                        INDEX_BITS: tl.constexpr, NVIDIA: tl.constexpr):  # fmt: skip
+    """The keys (value, column) of the K best columns of each row, descending, read one by one from global memory."""
+    FIRST: tl.constexpr = min(GROUP, NUM_COLUMNS)
+    TAIL: tl.constexpr = (NUM_COLUMNS - FIRST) % GROUP
+    best = _strided_group(row_ptrs, 0, stride_n, FIRST, INDEX_BITS, NVIDIA)[:K]
+    for start in tl.range(GROUP, NUM_COLUMNS - TAIL, GROUP):
+        best = merge(best, _strided_group(row_ptrs, start, stride_n, GROUP, INDEX_BITS, NVIDIA), K, NVIDIA)[:K]
+    if TAIL > 0:
+        tail = _strided_group(row_ptrs, NUM_COLUMNS - TAIL, stride_n, TAIL, INDEX_BITS, NVIDIA)
+        best = merge(best, tail, K, NVIDIA)[:K]
+    return best
+
+
+@triton.jit
+def _strided_group(row_ptrs, start, stride_n, COUNT: tl.constexpr, INDEX_BITS: tl.constexpr, NVIDIA: tl.constexpr):
+    """The sorted keys of COUNT columns from `start` on."""
+    values = ()
+    column = tl.full(row_ptrs.shape, 0, tl.int64) + start
+    for i in tl.static_range(COUNT):
+        values = values + (load_value(row_ptrs + (column + i) * stride_n, NVIDIA),)
+    return sort(_keys(values, start, INDEX_BITS, NVIDIA), NVIDIA)
+
+
+@triton.jit
+def _staircase(sums_x, rows, sums_y, columns, FIRST: tl.constexpr, LAST: tl.constexpr, K: tl.constexpr,
+               NVIDIA: tl.constexpr):  # fmt: skip
+    """The keys of the K best pairs among the staircase's rows FIRST to LAST - 1, descending."""
+    if LAST - FIRST == 1:
+        keys = ()
+        for rank in tl.static_range(min(K // (FIRST + 1), len(columns))):
+            pair = (rows[FIRST] | columns[rank]).to(tl.int64)
+            keys = keys + ((float_to_key(sums_x[FIRST] + sums_y[rank], NVIDIA).to(tl.int64) << 32) | pair,)
+        return keys
+    else:
+        # The rows shorten like K / rank, so halving their count where the ranks double keeps the merges even.
+        MIDDLE: tl.constexpr = min(2 * FIRST + 1, (FIRST + LAST) // 2) if 2 * FIRST + 1 >= LAST else 2 * FIRST + 1
+        first = _staircase(sums_x, rows, sums_y, columns, FIRST, MIDDLE, K, NVIDIA)
+        rest = _staircase(sums_x, rows, sums_y, columns, MIDDLE, LAST, K, NVIDIA)
+        return merge(first, rest, len(first), NVIDIA)[:K]
+
+
+@triton.jit
+def _fill_masked(x_ptrs, y_ptrs, out_ptrs, stride_xn, stride_yn, num_finite, fill,
+                 NUM_EXPERT_SQRT: tl.constexpr, K: tl.constexpr, NVIDIA: tl.constexpr):  # fmt: skip
+    """Replace the selected -inf pairs, best only by score, by those of lowest index.
+
+    Among -inf pairs only the index counts, which the staircase does not know. Where one of them is selected, fewer than
+    K others exist, so the -inf pairs among the first K experts are enough. (With NaN or +inf about, they may not be.)
+    """
+    slot = num_finite
+    for i in range(K):
+        expert = tl.zeros_like(slot) + i
+        x = load_value(x_ptrs + (expert // NUM_EXPERT_SQRT).to(tl.int64) * stride_xn, NVIDIA)
+        y = load_value(y_ptrs + (expert % NUM_EXPERT_SQRT).to(tl.int64) * stride_yn, NVIDIA)
+        masked = fill & (x + y == float("-inf")) & (slot < K)
+        store_row(out_ptrs + slot, (expert,), masked, NVIDIA)
+        slot += masked.to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def row_per_thread_kernel(
+    x_ptr, y_ptr, scores_ptr, indices_ptr,
+    stride_xm, stride_xn, stride_ym, stride_yn,
+    num_tokens,
+    NUM_EXPERT_SQRT: tl.constexpr, K: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr,
+    INDEX_BITS: tl.constexpr, ROW_BITS: tl.constexpr, STAGED: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
+    RANKS: tl.constexpr = min(K, NUM_EXPERT_SQRT)
+    tokens = tl.program_id(0).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
+    read = tl.minimum(tokens, num_tokens - 1)  # threads past the end route the last token again, and store nothing
+    x_ptrs, y_ptrs = x_ptr + read * stride_xm, y_ptr + read * stride_ym
+    if STAGED:
+        DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+        BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
+        PITCH: tl.constexpr = (TILE_N * BYTES // VECTOR + 1 - TILE_N * BYTES // VECTOR % 2) * VECTOR
+        thread = tl.arange(0, TILE_M)
+        row = allocate_rows(thread, TILE_M * PITCH) + thread * PITCH
+        buffer = row - thread % 32 * PITCH
+        first_token = tokens - thread % 32
+        TILES: tl.constexpr = NUM_EXPERT_SQRT // TILE_N
+        x_bytes = x_ptr.to(tl.int64)
+        copy_rows(buffer, x_bytes, first_token, num_tokens - 1, stride_xm, BYTES, TILE_N, VECTOR, PITCH)
+        best_x, best_y = _lowest(thread, RANKS, INDEX_BITS), _lowest(thread, RANKS, INDEX_BITS)
+        for step in tl.range(2 * TILES):
+            column = step % TILES * TILE_N
+            wait_for_rows(thread)
+            keys = _candidates_of_tile(row, DTYPE, TILE_N, RANKS, GROUP, CHUNK, VECTOR, INDEX_BITS)
+            if step + 1 < 2 * TILES:
+                next_ptr = tl.where(step + 1 < TILES, x_ptr.to(tl.int64), y_ptr.to(tl.int64))
+                next_ptr += (step + 1) % TILES * TILE_N * BYTES
+                next_stride = tl.where(step + 1 < TILES, stride_xm, stride_ym)
+                copy_rows(buffer, next_ptr, first_token, num_tokens - 1, next_stride, BYTES, TILE_N, VECTOR, PITCH)
+            best = _best_of_groups(keys, RANKS, GROUP, NVIDIA)
+            if TILES == 1:
+                best_x, best_y = best_y, best
+            else:
+                # Each factor starts anew: what was best is the other factor's, and stays as best_x.
+                starts = (thread * 0 + step) % TILES == 0
+                best_x = _where(starts, best_y, best_x)
+                best_y = _where(starts, _lowest(thread, RANKS, INDEX_BITS), best_y)
+                best_y = merge(best_y, _shift(best, column), RANKS, NVIDIA)[:RANKS]
+    else:
+        best_x = _top_of_strided_row(x_ptrs, stride_xn, NUM_EXPERT_SQRT, RANKS, GROUP, INDEX_BITS, NVIDIA)
+        best_y = _top_of_strided_row(y_ptrs, stride_yn, NUM_EXPERT_SQRT, RANKS, GROUP, INDEX_BITS, NVIDIA)
+
+    # Where +inf may meet -inf, or NaN is there, all of the token's scores become NaN: every path agrees on that.
+    first_x, last_x = _value_of(best_x[0], INDEX_BITS), _value_of(best_x[RANKS - 1], INDEX_BITS)
+    first_y, last_y = _value_of(best_y[0], INDEX_BITS), _value_of(best_y[RANKS - 1], INDEX_BITS)
+    poison = tl.where(
+        (first_x + last_y == first_x + last_y) & (first_y + last_x == first_y + last_x), 0.0, float("nan")
+    )
+    values_x, values_y, rows, columns = (), (), (), ()
+    ROW_MASK: tl.constexpr = (1 << ROW_BITS) - 1
+    for rank in tl.static_range(RANKS):
+        values_x = values_x + (_value_of(best_x[rank], INDEX_BITS) + poison,)
+        values_y = values_y + (_value_of(best_y[rank], INDEX_BITS),)
+        rows = rows + ((ROW_MASK - _index_of(best_x[rank], INDEX_BITS)) << (31 - ROW_BITS),)
+        columns = columns + (_index_of(best_y[rank], INDEX_BITS) | ((RANKS - 1 - rank) << ROW_BITS),)
+    pairs = _staircase(values_x, rows, values_y, columns, 0, RANKS, K, NVIDIA)
+
+    scores, rounded, indices = (), (), ()
+    for slot in tl.static_range(K):
+        score, low = key_to_float((pairs[slot] >> 32).to(tl.int32)), pairs[slot].to(tl.int32)
+        scores = scores + (score,)
+        rounded = rounded + (score.to(scores_ptr.dtype.element_ty),)
+        indices = indices + ((ROW_MASK - (low >> (31 - ROW_BITS))) * NUM_EXPERT_SQRT + (low & ROW_MASK),)
+    inside = tokens < num_tokens
+    store_row(scores_ptr + tokens * K, rounded, inside, NVIDIA)
+    store_row(indices_ptr + tokens * K, indices, inside, NVIDIA)
+
+    ordinary = (first_x < float("inf")) & (first_y < float("inf"))
+    fill = inside & ordinary & (scores[K - 1] == float("-inf"))
+    if tl.max(fill.to(tl.int32), 0) != 0:
+        num_finite = tl.zeros((TILE_M,), tl.int32)
+        for slot in tl.static_range(K):
+            num_finite += (scores[slot] > float("-inf")).to(tl.int32)
+        _fill_masked(
+            x_ptrs, y_ptrs, indices_ptr + tokens * K, stride_xn, stride_yn, num_finite, fill, NUM_EXPERT_SQRT, K, NVIDIA
+        )
+
+
+def row_per_thread_forward(router_logits_x, router_logits_y, num_experts_per_token):
+    """Scores and indices of the k best experts; results as `reference.factored_router`, bit for bit.
+
+    Args:
+        router_logits_x, router_logits_y: (num_tokens, N), fp32, fp16 or bf16, on an NVIDIA GPU (or on the CPU under
+            Triton's interpreter), at least one token, N at most MAX_EXPERT_SQRT. Any strides, but rows that are not
+            contiguous, 4-byte aligned and a multiple of a tile long are read one logit at a time.
+        num_experts_per_token: k, from 1 to MAX_EXPERTS_PER_TOKEN.
+
+    Returns:
+        scores (num_tokens, k) in the logits' dtype and indices (num_tokens, k), int32.
+    """
+    num_tokens, num_expert_sqrt = router_logits_x.shape
+    k, dtype, device = num_experts_per_token, router_logits_x.dtype, router_logits_x.device
+    x, y = kernel_input(router_logits_x), kernel_input(router_logits_y)
+    scores = torch.empty((num_tokens, k), dtype=output_dtype(dtype), device=device)
+    indices = torch.empty((num_tokens, k), dtype=torch.int32, device=device)
+    tile_n, chunk, vector = _tiling(x, y, k)
+    with device_of(x):
+        row_per_thread_kernel[(triton.cdiv(num_tokens, 32),)](
+            x, y, scores, indices, *x.stride(), *y.stride(), num_tokens,
+            NUM_EXPERT_SQRT=num_expert_sqrt, K=k, TILE_M=32, TILE_N=tile_n,
+            GROUP=max(8, triton.next_power_of_2(min(k, num_expert_sqrt))), CHUNK=chunk, VECTOR=vector,
+            INDEX_BITS=INDEX_BITS[x.dtype], ROW_BITS=MAX_EXPERT_SQRT.bit_length() - 1,
+            STAGED=tile_n > 0, NVIDIA=not interpreting(), num_warps=1,
+        )  # fmt: skip
+    return scores.to(dtype), indices
+
+
+def _tiling(x, y, k):
+    """Columns of a tile, columns of a chunk, bytes of a load; no columns where rows cannot be staged."""
+    num_expert_sqrt, itemsize = x.shape[1], x.element_size()
+    widest = ROW_BYTES // itemsize // (2 if k > 16 else 1)
+    tile_n = next(n for n in range(min(num_expert_sqrt, widest), 0, -1) if num_expert_sqrt % n == 0)
+    starts = [address for logits in (x, y) for address in (logits.data_ptr(), logits.stride(0) * itemsize)]
+    vector = next((v for v in (16, 8, 4) if all(bytes % v == 0 for bytes in (tile_n * itemsize, *starts))), 0)
+    contiguous = x.stride(1) == y.stride(1) == 1 or num_expert_sqrt == 1
+    if interpreting() or not (contiguous and vector and tile_n >= min(num_expert_sqrt, MIN_TILE)):
+        return 0, 1, 0
+    chunks = (c for c in (4, 2) if 4 <= c * itemsize <= vector and tile_n % c == 0 and tile_n >= 2 * c * k)
+    return tile_n, next(chunks, 1), vector

@@ -1,0 +1,144 @@
+"""How a thread that owns a whole row reads and writes it: 16 bytes at a time, staged through shared memory.
+
+Neighbouring threads own neighbouring rows, so their plain loads would touch 32 cache lines at once. Instead the 32
+lanes of a warp copy their 32 rows together (cp.async, coalesced) into shared memory, rows an odd number of vectors
+apart so that reading down the rows meets every bank once. A warp shares its rows with nobody and waits for nobody else.
+
+Triton offers no such copy, and it chooses a tensor's layout from the loads and stores it meets, searching everything
+connected to them: for a sorting network of thousands of operations that search alone takes minutes. So on NVIDIA GPUs
+these functions are the PTX instructions themselves. Elsewhere (the interpreter runs no PTX) they are plain loads.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def allocate_rows(like, BYTES: tl.constexpr):
+    """Shared memory for this program: its address, in every thread of `like`."""
+    return tl.inline_asm_elementwise(
+        f"{{ .shared .align 16 .b8 rows[{BYTES}]; mov.u32 $0, rows; }}", "=r,r", [like], tl.int32, False, 1
+    )
+
+
+@triton.jit
+def copy_rows(buffer, ptr, first_row, last_row, stride_m, BYTES: tl.constexpr, TILE_N: tl.constexpr,
+              VECTOR: tl.constexpr, PITCH: tl.constexpr):  # fmt: skip
+    """Start copying TILE_N elements, BYTES each, of a warp's 32 rows into its buffer, VECTOR bytes a lane at a time.
+
+    buffer: the warp's shared memory; ptr: where the tile starts in row 0, as an integer; first_row: the warp's first
+    row; rows past last_row are read as last_row. PITCH: bytes between rows in the buffer.
+    """
+    lane = tl.arange(0, buffer.shape[0]) % 32
+    PER_ROW: tl.constexpr = TILE_N * BYTES // VECTOR
+    MODE: tl.constexpr = "cg" if VECTOR == 16 else "ca"
+    tl.inline_asm_elementwise("bar.warp.sync 0xffffffff; mov.u32 $0, 0;", "=r,r", [lane], tl.int32, False, 1)
+    for step in tl.static_range(PER_ROW):
+        vector = step * 32 + lane
+        row, offset = vector // PER_ROW, vector % PER_ROW * VECTOR
+        source = ptr + tl.minimum(first_row + row, last_row) * stride_m * BYTES + offset
+        tl.inline_asm_elementwise(
+            f"cp.async.{MODE}.shared.global [$1], [$2], {VECTOR}; mov.u32 $0, 0;", "=r,r,l",
+            [buffer + row * PITCH + offset, source], tl.int32, False, 1,
+        )  # fmt: skip
+
+
+@triton.jit
+def wait_for_rows(like):
+    """Wait until what this warp copies has arrived."""
+    tl.inline_asm_elementwise(
+        "cp.async.wait_all; bar.warp.sync 0xffffffff; mov.u32 $0, 0;", "=r,r", [like], tl.int32, False, 1
+    )
+
+
+@triton.jit
+def load_shared(address, OFFSET: tl.constexpr, WORDS: tl.constexpr):
+    """A tuple of the WORDS (1, 2 or 4) 32-bit words at address + OFFSET, in one instruction."""
+    if WORDS == 4:
+        return tl.inline_asm_elementwise(
+            f"ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4+{OFFSET}];", "=r,=r,=r,=r,r", [address],
+            (tl.int32, tl.int32, tl.int32, tl.int32), False, 1,
+        )  # fmt: skip
+    elif WORDS == 2:
+        return tl.inline_asm_elementwise(
+            f"ld.shared.v2.b32 {{$0, $1}}, [$2+{OFFSET}];", "=r,=r,r", [address], (tl.int32, tl.int32), False, 1
+        )
+    else:
+        return (tl.inline_asm_elementwise(f"ld.shared.b32 $0, [$1+{OFFSET}];", "=r,r", [address], tl.int32, False, 1),)
+
+
+@triton.jit
+def load_value(ptrs, NVIDIA: tl.constexpr):
+    """One logit from anywhere in global memory, as fp32."""
+    DTYPE: tl.constexpr = ptrs.dtype.element_ty
+    if NVIDIA and DTYPE == tl.float32:
+        bits = tl.inline_asm_elementwise("ld.global.b32 $0, [$1];", "=r,l", [ptrs.to(tl.int64)], tl.int32, True, 1)
+        return bits.to(tl.float32, bitcast=True)
+    elif NVIDIA:
+        bits = tl.inline_asm_elementwise("ld.global.b16 $0, [$1];", "=h,l", [ptrs.to(tl.int64)], tl.int16, True, 1)
+        return bits.to(DTYPE, bitcast=True).to(tl.float32)
+    else:
+        return tl.load(ptrs).to(tl.float32)
+
+
+@triton.jit
+def unpack_word(word, DTYPE: tl.constexpr):
+    """A 32-bit word -> the fp32 values of the one or two logits in it."""
+    if DTYPE == tl.float32:
+        return (word.to(tl.float32, bitcast=True),)
+    elif DTYPE == tl.bfloat16:
+        return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
+    else:
+        low, high = word.to(tl.int16).to(DTYPE, bitcast=True), (word >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+        return low.to(tl.float32), high.to(tl.float32)
+
+
+@triton.jit
+def pack_words(values):
+    """A tuple of fp32, int32, fp16 or bf16 values -> a tuple of the 32-bit words they fill."""
+    words = ()
+    if values[0].dtype.primitive_bitwidth == 32:
+        for i in tl.static_range(len(values)):
+            words = words + (values[i].to(tl.int32, bitcast=True),)
+    else:
+        for i in tl.static_range(0, len(values), 2):
+            low = values[i].to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+            words = words + (low | (values[i + 1].to(tl.int16, bitcast=True).to(tl.int32) << 16),)
+    return words
+
+
+@triton.jit
+def store_row(ptrs, values, mask, NVIDIA: tl.constexpr):
+    """Store a tuple of [TILE_M] values, each already in its dtype, as a contiguous row at each pointer."""
+    BITS: tl.constexpr = ptrs.dtype.element_ty.primitive_bitwidth
+    if not NVIDIA:
+        for i in tl.static_range(len(values)):
+            tl.store(ptrs + i, values[i], mask=mask)
+    elif len(values) * BITS % 32 != 0:
+        for i in tl.static_range(len(values)):
+            tl.inline_asm_elementwise(
+                "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b16 [$1], $2; mov.u32 $0, 0; }", "=r,l,h,r",
+                [(ptrs + i).to(tl.int64), values[i].to(tl.int16, bitcast=True), mask.to(tl.int32)], tl.int32, False, 1,
+            )  # fmt: skip
+    else:
+        words = pack_words(values)
+        WIDTH: tl.constexpr = 4 if len(words) % 4 == 0 else (2 if len(words) % 2 == 0 else 1)
+        for i in tl.static_range(0, len(words), WIDTH):
+            start = (ptrs + i * 32 // BITS).to(tl.int64)
+            if WIDTH == 4:
+                tl.inline_asm_elementwise(
+                    "{ .reg .pred p; setp.ne.s32 p, $6, 0;"
+                    " @p st.global.v4.b32 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0; }",
+                    "=r,l,r,r,r,r,r",
+                    [start, words[i], words[i + 1], words[i + 2], words[i + 3], mask.to(tl.int32)], tl.int32, False, 1,
+                )  # fmt: skip
+            elif WIDTH == 2:
+                tl.inline_asm_elementwise(
+                    "{ .reg .pred p; setp.ne.s32 p, $4, 0; @p st.global.v2.b32 [$1], {$2, $3}; mov.u32 $0, 0; }",
+                    "=r,l,r,r,r", [start, words[i], words[i + 1], mask.to(tl.int32)], tl.int32, False, 1,
+                )  # fmt: skip
+            else:
+                tl.inline_asm_elementwise(
+                    "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b32 [$1], $2; mov.u32 $0, 0; }", "=r,l,r,r",
+                    [start, words[i], mask.to(tl.int32)], tl.int32, False, 1,
+                )  # fmt: skip
