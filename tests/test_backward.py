@@ -1,0 +1,148 @@
+"""The backward kernels: the bits of a sequential fp32 sum over the slots, however they are launched."""
+
+import itertools
+
+import pytest
+import torch
+from cases import (
+    DTYPES,
+    INF,
+    NAN,
+    ON_GPU,
+    assert_same_bits,
+    case_id,
+    dirty_memory,
+    dtype_name,
+    oracle_backward,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from omni_kernels import backward as module
+from omni_kernels.backward import backward
+from omni_kernels.reference import backward_router
+
+SIZES = (1, 2, 3, 7, 16, 33, 64, 100, 128, 130)
+COUNTS = (0, 1, 2, 5, 16, 31, 64)
+MATRIX = [(n, k) for n, k in itertools.product(SIZES, COUNTS) if k <= n * n] + [(16, 256), (128, 100)]
+CASES = [(*case, dtype) for case in MATRIX for dtype in DTYPES]
+if not ON_GPU:  # every pair of sizes, with the dtypes in turn
+    CASES = [(*case, dtype) for case, dtype in zip(MATRIX, itertools.cycle(DTYPES), strict=False)]
+
+
+def problem(num_tokens, num_expert_sqrt, k, dtype, device, seed=0):
+    """Gradients of mixed size, so that every order of adding gives other bits, and distinct experts that share rows."""
+    generator = torch.Generator().manual_seed(seed)
+    grad = torch.randn(num_tokens, k, generator=generator) * 10 ** torch.randn(num_tokens, k, generator=generator)
+    crowd = max(k, min(num_expert_sqrt**2, 2 * k, 3 * num_expert_sqrt))  # the experts of a few rows
+    experts = torch.stack([torch.randperm(crowd, generator=generator)[:k] for _ in range(num_tokens)])
+    experts[::2] = num_expert_sqrt**2 - 1 - experts[::2]  # the last rows
+    if num_expert_sqrt > 1:
+        experts[1::4] = experts[1::4] % num_expert_sqrt * num_expert_sqrt + experts[1::4] // num_expert_sqrt  # columns
+    return grad.to(dtype).to(device), experts.int().to(device)
+
+
+@pytest.mark.parametrize(("num_expert_sqrt", "k", "dtype"), CASES, ids=case_id)
+def test_bits_of_the_sequential_sum(num_expert_sqrt, k, dtype, device):
+    grad, indices = problem(300 if ON_GPU else 33, num_expert_sqrt, k, dtype, device, seed=k)
+    with dirty_memory():
+        grads = backward(grad, indices, num_expert_sqrt)
+    assert all(part.is_contiguous() and part.device == grad.device for part in grads)
+    assert_same_bits(grads, oracle_backward(grad, indices, num_expert_sqrt))
+
+
+@given(st.data())
+@settings(max_examples=100 if ON_GPU else 25)
+def test_any_gradients_and_experts(device, data):
+    num_tokens, num_expert_sqrt = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 12))
+    experts = st.integers(0, num_expert_sqrt**2 - 1)
+    k = data.draw(st.integers(1, min(num_expert_sqrt**2, 14)))
+    indices = [data.draw(st.lists(experts, min_size=k, max_size=k, unique=True)) for _ in range(num_tokens)]
+    floats = st.one_of(st.floats(width=32), st.sampled_from([0.0, -0.0, 1.0, INF, -INF, NAN, 2.0**24, 3e38, 1e-40]))
+    grad = [data.draw(st.lists(floats, min_size=k, max_size=k)) for _ in range(num_tokens)]
+    grad = torch.tensor(grad, dtype=torch.float32, device=device).to(data.draw(st.sampled_from(DTYPES)))
+    indices = torch.tensor(indices, dtype=torch.int32, device=device)
+    assert_same_bits(backward(grad, indices, num_expert_sqrt), oracle_backward(grad, indices, num_expert_sqrt))
+
+
+def strided(grad):
+    """The same gradients behind other strides."""
+    wide = torch.full((len(grad), 3 * grad.shape[1] + 1), NAN, dtype=grad.dtype, device=grad.device)
+    wide[:, 1::3] = grad
+    return grad.t().contiguous().t(), wide[:, 1::3]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize(("num_expert_sqrt", "k"), [(7, 16), (100, 5)])
+def test_gradients_of_any_strides(num_expert_sqrt, k, dtype, device):
+    grad, indices = problem(10, num_expert_sqrt, k, dtype, device)
+    want = oracle_backward(grad, indices, num_expert_sqrt)
+    for view in strided(grad):
+        assert_same_bits(backward(view, indices, num_expert_sqrt), want)
+    for part in (grad[:1, :1], grad[:1], grad[:, :1]):  # one number for all, one row for all, one number a token
+        view = part.expand_as(grad)
+        assert_same_bits(
+            backward(view, indices, num_expert_sqrt), oracle_backward(view.contiguous(), indices, num_expert_sqrt)
+        )
+
+
+@pytest.mark.parametrize(("num_expert_sqrt", "k"), [(2, 3), (5, 3)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_strides_beyond_int32(num_expert_sqrt, k, axis, device):
+    """A view may put neighbours 2³⁰ elements apart; only the touched pages of such a storage exist."""
+    step = 1 << 30
+    storage = torch.empty(2 * step + 3, dtype=torch.float16, device=device)
+    grad = storage.as_strided((3, k), (step, 1) if axis == 0 else (1, step))
+    values, indices = problem(3, num_expert_sqrt, k, torch.float16, device)
+    grad.copy_(values)
+    assert_same_bits(backward(grad, indices, num_expert_sqrt), oracle_backward(values, indices, num_expert_sqrt))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 31, 32, 33, 200])
+@pytest.mark.parametrize(("num_expert_sqrt", "k"), [(3, 5), (6, 5)])
+def test_token_counts(num_tokens, num_expert_sqrt, k, device):
+    grad, indices = problem(num_tokens, num_expert_sqrt, k, torch.float32, device)
+    assert_same_bits(backward(grad, indices, num_expert_sqrt), oracle_backward(grad, indices, num_expert_sqrt))
+
+
+TILINGS = [(1, 4, 8), (4, 2, 16), (16, 32, 4), (2, 8, 256), (128, 64, 16)]
+
+
+@pytest.mark.parametrize(("tile_m", "tile_k", "tile_n"), TILINGS)
+@pytest.mark.parametrize(("num_expert_sqrt", "k"), [(5, 12), (40, 12), (12, 12), (13, 12)])
+def test_any_launch_gives_the_same_bits(num_expert_sqrt, k, tile_m, tile_k, tile_n, device, monkeypatch):
+    monkeypatch.setattr(module, "SCATTER_TILES", {"TILE_M": tile_m, "TILE_K": tile_k, "TILE_N": tile_n})
+    monkeypatch.setattr(module, "DENSE_TILES", {"TILE_M": tile_m, "TILE_N": tile_n})
+    grad, indices = problem(3, num_expert_sqrt, k, torch.float32, device)
+    with dirty_memory():
+        grads = backward(grad, indices, num_expert_sqrt)
+    assert_same_bits(grads, oracle_backward(grad, indices, num_expert_sqrt))
+
+
+@pytest.mark.parametrize(("num_expert_sqrt", "k"), [(16, 64), (130, 31)])
+def test_same_bits_on_every_run(num_expert_sqrt, k, device):
+    grad, indices = problem(2000 if ON_GPU else 40, num_expert_sqrt, k, torch.float32, device)
+    first = backward(grad, indices, num_expert_sqrt)
+    for _ in range(20 if ON_GPU else 2):
+        assert_same_bits(backward(grad, indices, num_expert_sqrt), first)
+
+
+@pytest.mark.parametrize("num_expert_sqrt", [4096, 46340])
+def test_long_rows(num_expert_sqrt, device):
+    indices = torch.tensor([[num_expert_sqrt**2 - 1, 0, num_expert_sqrt - 1]], dtype=torch.int32, device=device)
+    grad = torch.tensor([[1.0, 2.0, 4.0]], device=device)
+    grad_x, grad_y = backward(grad, indices, num_expert_sqrt)
+    assert (grad_x[0, 0], grad_x[0, -1], grad_x.sum()) == (6.0, 1.0, 7.0)
+    assert (grad_y[0, 0], grad_y[0, -1], grad_y.sum()) == (2.0, 5.0, 7.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize(("num_expert_sqrt", "k"), [(7, 16), (100, 5)])
+def test_agrees_with_pytorch(num_expert_sqrt, k, dtype, device):
+    """Small whole numbers add up exactly in any order, so the fallback must return the very same."""
+    grad, indices = problem(20, num_expert_sqrt, k, dtype, device)
+    grad = torch.randint(-8, 9, grad.shape, device=device).to(dtype)
+    for got, want in zip(
+        backward(grad, indices, num_expert_sqrt), backward_router(grad, indices, num_expert_sqrt), strict=True
+    ):
+        assert torch.equal(got, want)

@@ -1,0 +1,173 @@
+"""The configuration tables to the last entry, and tuning that never depends on the exact number of tokens."""
+
+import itertools
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cases import ON_GPU
+
+from omni_kernels import configs, forward, get_arch, get_arch_specific_configs, get_device, original
+from omni_kernels.configs import get_original_configs, token_bucket, tuned
+
+TILES = {"fwd": ["TILE_M"], "fwd_split": ["TILE_M", "TILE_N"], "bwd": ["TILE_M", "TILE_K"]}
+GENERAL = {
+    "fwd": [[1, 2, 4, 8, 16, 32, 64, 128, 256], [2, 4, 8], [1, 2, 3]],
+    "fwd_split": [[1, 2, 4], [512, 1024, 2048, 4096, 8192, 16384], [4, 8], [1, 2]],
+    "bwd": [[32, 64, 128, 256], [8, 16, 32, 64], [2, 4, 8], [1, 2, 3]],
+}
+SM80 = {
+    "fwd": [[64, 128, 256], [4, 8], [2, 3]],
+    "fwd_split": [[1, 2], [4096, 8192, 16384], [8], [2]],
+    "bwd": [[128, 256], [32, 64], [4, 8], [2, 3]],
+}
+SM90 = {
+    "fwd": [[128, 256], [8, 16], [3, 4]],
+    "fwd_split": [[2, 4], [8192, 16384], [8, 16], [2, 3]],
+    "bwd": [[256], [64], [8, 16], [3, 4]],
+}
+ORIGINAL = {
+    "fwd": [[1, 64, 128, 256], [4], [1]],
+    "fwd_split": [[1], [1024, 2048, 4096, 8192, 16384], [4], [1]],
+    "bwd": [[64, 128, 256], [16, 32, 64], [4], [1]],
+}
+GENERAL_ARCHS = ("cpu", "cuda:sm75", "cuda:sm100", "cuda:sm120", "cuda:sm800", "hip:gfx942", "hip:gfx90a", "")
+TABLE = {
+    **dict.fromkeys(("cuda:sm80", "cuda:sm86"), SM80),
+    **dict.fromkeys(("cuda:sm89", "cuda:sm90"), SM90),
+    **dict.fromkeys(GENERAL_ARCHS, GENERAL),
+}
+KERNEL_TYPES = pytest.mark.parametrize("kernel_type", TILES)
+
+
+def assert_configs(got, kernel_type, lists):
+    names = [*TILES[kernel_type], "num_warps", "num_stages"]
+    flat = [{**config.kwargs, "num_warps": config.num_warps, "num_stages": config.num_stages} for config in got]
+    assert flat == [dict(zip(names, values, strict=True)) for values in itertools.product(*lists)]
+
+
+@KERNEL_TYPES
+@pytest.mark.parametrize("arch", TABLE)
+def test_every_entry(arch, kernel_type):
+    assert_configs(get_arch_specific_configs(arch, kernel_type), kernel_type, TABLE[arch][kernel_type])
+
+
+@KERNEL_TYPES
+def test_every_entry_of_the_original_version(kernel_type):
+    assert_configs(get_original_configs(kernel_type), kernel_type, ORIGINAL[kernel_type])
+
+
+def test_counts():
+    def counts(configs_of):
+        return [len(configs_of(kernel_type)) for kernel_type in ("fwd", "fwd_split", "bwd")]
+
+    assert counts(lambda kernel_type: get_arch_specific_configs("cpu", kernel_type)) == [81, 72, 144]
+    assert counts(lambda kernel_type: get_arch_specific_configs("cuda:sm80", kernel_type)) == [12, 6, 16]
+    assert counts(lambda kernel_type: get_arch_specific_configs("cuda:sm90", kernel_type)) == [8, 16, 4]
+    assert counts(get_original_configs) == [4, 5, 9]
+
+
+@pytest.mark.parametrize("kernel_type", ["forward", "FWD", "", None])
+@pytest.mark.parametrize(
+    "configs_of", [get_original_configs, lambda kind: get_arch_specific_configs("cuda:sm90", kind)]
+)
+def test_unknown_kernel_type(configs_of, kernel_type):
+    with pytest.raises(ValueError, match=r"kernel_type must be one of 'fwd', 'fwd_split', 'bwd', got ") as error:
+        configs_of(kernel_type)
+    assert str(error.value).endswith(repr(kernel_type))
+
+
+def test_this_machine(device):
+    assert get_device().type == device
+    arch = get_arch(get_device())
+    assert arch.startswith(("cuda:sm", "hip:gfx")) if ON_GPU else arch == "cpu"
+    assert get_arch("cpu") == get_arch(torch.device("cpu")) == "cpu"
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", 0, torch.device("cuda", 0)])
+def test_arch_of_a_gpu(monkeypatch, device):
+    monkeypatch.setattr(torch.version, "hip", None)
+    for capability, arch in (((8, 0), "cuda:sm80"), ((9, 0), "cuda:sm90"), ((12, 0), "cuda:sm120")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
+        assert get_arch(device) == arch
+
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    properties = SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    assert get_arch(device) == "hip:gfx942"
+
+
+def test_token_buckets():
+    assert [token_bucket(n) for n in (1, 16, 17, 1000, 1024, 1025)] == [16, 16, 32, 1024, 1024, 2048]
+
+
+@KERNEL_TYPES
+@pytest.mark.parametrize("arch", ["cuda:sm80", "cuda:sm90", "cpu", None])
+@pytest.mark.parametrize(
+    ("tokens", "num_expert_sqrt", "k"), [(16, 1, 1), (64, 33, 5), (65536, 256, 64), (1024, 46340, 9)]
+)
+def test_pruning_keeps_what_fits_or_the_smallest(kernel_type, arch, tokens, num_expert_sqrt, k):
+    space = get_original_configs(kernel_type) if arch is None else get_arch_specific_configs(arch, kernel_type)
+    named_args = {"token_bucket": tokens, "num_expert_sqrt": num_expert_sqrt, "num_experts_per_token": k}
+    kept = configs._prune(space, named_args, num_warps=4)
+    padded = {
+        "TILE_M": tokens,
+        "TILE_N": 1 << (num_expert_sqrt**2 - 1).bit_length(),
+        "TILE_K": 1 << (k - 1).bit_length(),
+    }
+    for tile in TILES[kernel_type]:
+        sizes = {config.kwargs[tile] for config in space}
+        assert {config.kwargs[tile] for config in kept} == ({s for s in sizes if s <= padded[tile]} or {min(sizes)})
+    assert {(c.num_warps, c.num_stages) for c in kept} == {(c.num_warps, c.num_stages) for c in space}
+
+
+def test_tuning_key():
+    tuner = tuned(forward.forward_kernel, "fwd", "cuda:sm90")
+    assert tuned(forward.forward_kernel, "fwd", "cuda:sm90") is tuner
+    assert tuner.keys == ["num_expert_sqrt", "num_experts_per_token", "token_bucket"]
+    assert "num_tokens" in tuner.arg_names
+
+
+@pytest.mark.skipif(not ON_GPU, reason="the interpreter neither tunes nor compiles")
+@pytest.mark.parametrize("route", [original.original_forward, forward.forward])
+def test_a_new_token_count_neither_tunes_nor_compiles(route, monkeypatch):
+    def run(num_tokens):
+        x, y = (torch.randn(num_tokens, 10, device="cuda") for _ in range(2))
+        return route(x, y, 3)
+
+    run(100)
+
+    def fail(*_, **__):
+        raise AssertionError("compiled or tuned again")
+
+    monkeypatch.setattr(configs, "_bench", fail)
+    monkeypatch.setattr("triton.compiler.compile", fail)
+    monkeypatch.setattr("triton.runtime.jit.JITFunction._do_compile", fail)
+    for num_tokens in (65, 101, 112, 128):
+        run(num_tokens)
+
+
+def test_a_configuration_the_compiler_gives_up_on_loses(monkeypatch):
+    def raising(error):
+        def do_bench(launch, quantiles):
+            raise error
+
+        monkeypatch.setattr("triton.testing.do_bench", do_bench)
+
+    raising(RuntimeError("PassManager::run failed"))
+    assert configs._bench(None, (0.5, 0.2, 0.8)) == [float("inf")] * 3
+    raising(RuntimeError("out of memory"))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        configs._bench(None, (0.5, 0.2, 0.8))
+
+
+def test_importing_needs_no_gpu_and_tunes_nothing():
+    program = "from omni_kernels import configs, get_arch, get_device\n"
+    program += "print(configs.tuned.cache_info().currsize, get_arch(get_device()))"
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["0", "cpu"]

@@ -1,0 +1,58 @@
+"""The optimized forward kernel against the definition. It sees all N² sums, so even rounding ties must agree."""
+
+import pytest
+import torch
+from cases import DTYPES, ON_GPU, adversarial_logits, dtype_name, factors, layouts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from omni_kernels import brute_force_router
+from omni_kernels.forward import MAX_EXPERT_SQRT, forward
+
+FP32, FP16, BF16 = DTYPES
+CASES = [
+    (1, 1, FP32), (2, 1, BF16), (2, 4, FP16), (3, 5, BF16), (3, 9, FP32), (7, 2, FP16), (7, 49, BF16),
+    (16, 16, BF16), (16, 31, FP32), (33, 2, BF16), (33, 16, FP16), (64, 1, FP32), (64, 5, BF16), (100, 1, FP16),
+    (100, 5, FP32), (MAX_EXPERT_SQRT, 2, BF16),
+]  # fmt: skip
+if ON_GPU:
+    CASES += [(n, k, dtype) for n in (33, 64, 100, MAX_EXPERT_SQRT) for k in (5, 16, 31, 64) for dtype in DTYPES]
+
+
+def assert_is_definition(x, y, k):
+    torch.testing.assert_close(forward(x, y, k), brute_force_router(x, y, k), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("num_expert_sqrt", "k", "dtype"), CASES, ids=str)
+def test_every_kind_of_token(num_expert_sqrt, k, dtype, device):
+    assert_is_definition(*adversarial_logits(num_expert_sqrt, dtype, device, seed=k), k)
+
+
+@given(factors(sizes=st.sampled_from([2, 3, 7]), max_tokens=5), st.sampled_from([1, 3, 4]))
+@settings(max_examples=300 if ON_GPU else 10)
+def test_any_floats(device, logits, k):
+    assert_is_definition(*(part.to(device) for part in logits), k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_layout_does_not_matter(dtype, device):
+    x, y = adversarial_logits(5, dtype, device)
+    for view_x, view_y in zip(layouts(x), layouts(y)[::-1], strict=True):
+        assert_is_definition(view_x, view_y, 3)
+    assert_is_definition(x, y[:1].expand_as(y), 3)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 17, 300])
+def test_token_counts(num_tokens, device):
+    """Programs that the tokens do not fill, and more than one program."""
+    x, y = torch.randint(-3, 4, (2, num_tokens, 4), device=device).bfloat16()
+    assert_is_definition(x, y, 2)
+
+
+def test_offsets_beyond_2_31_elements(device):
+    """Tokens 2³⁰ elements apart in x, columns 2³⁰ apart in y; the pages between are never touched."""
+    memory = torch.empty((1 << 31) + 8, dtype=FP16, device=device)
+    x, y = memory.as_strided((3, 3), (1 << 30, 1)), memory[4:].as_strided((3, 3), (1, 1 << 30))
+    for logits in (x, y):
+        logits.copy_(torch.arange(9).view(3, 3).flip(1))
+    assert_is_definition(x, y, 4)

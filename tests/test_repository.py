@@ -1,0 +1,98 @@
+"""What surrounds the package stays true: one place for versions, README's commands, imports, the package copied."""
+
+import ast
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+
+import pytest
+import yaml
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+PACKAGE = REPOSITORY / "omni_kernels"
+README = (REPOSITORY / "README.md").read_text()
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+COMMANDS = re.findall(r"^python3 -m venv .*", README, flags=re.MULTILINE)
+
+# Routes one token, checks the result and the gradient, and says what it imported; {name} is what the package is called.
+ROUTE_SOMETHING = """
+import sys, torch, {name}
+x = torch.zeros(1, 2, requires_grad=True)
+scores, indices = {name}.omni_router(x, torch.tensor([[1.0, 3.0]]), 3)
+scores.sum().backward()
+assert scores.tolist() == [[3.0, 3.0, 1.0]] and indices.tolist() == [[1, 3, 0]] and x.grad.tolist() == [[2.0, 1.0]]
+print("omni_kernels" in sys.modules)
+"""
+
+
+def test_environment_has_no_versions_of_its_own():
+    environment = yaml.safe_load((REPOSITORY / "environment.yml").read_text())
+    python, pip, through_pip = environment["dependencies"]
+    assert environment["name"] == PROJECT["name"]
+    assert python == "python" + PROJECT["requires-python"]
+    assert pip == "pip"
+    assert through_pip == {"pip": ["-e .[test]"]}
+    assert "test" in PROJECT["optional-dependencies"]
+
+
+def test_readme_has_the_three_commands():
+    study, tests, jupyter = COMMANDS
+    assert study.endswith("notebooks/study.py")
+    assert jupyter.endswith("jupyter lab notebooks")
+    assert "--nbval notebooks tests" in tests
+    for command in COMMANDS:
+        (extra,) = re.findall(r"'\.\[(\w+)\]'", command)
+        assert extra in PROJECT["optional-dependencies"]
+
+
+def test_ci_runs_the_test_command_of_readme():
+    pattern = re.search(r"grep -m 1 -E '(.*)' README.md", (REPOSITORY / ".ci/run").read_text())[1]
+    assert [line for line in README.splitlines() if re.search(pattern, line)] == [COMMANDS[1]]
+    steps = yaml.safe_load((REPOSITORY / ".github/workflows/ci.yml").read_text())["jobs"]["test"]["steps"]
+    assert steps[-1] == {"run": ".ci/run"}
+
+
+def test_readme_links_exist_and_list_every_notebook():
+    links = re.findall(r"\]\((?!http)([^)]+)\)", README)
+    assert [link for link in links if not (REPOSITORY / link).exists()] == []
+    notebooks = sorted(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "notebooks").glob("*.ipynb"))
+    assert [link for link in links if link.endswith(".ipynb")] == notebooks
+
+
+def test_package_imports_only_pytorch_triton_and_the_standard_library():
+    imported = set()
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported.update(alias.name.split(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                imported.add(node.module.split(".")[0])
+    assert {"torch", "triton"} <= imported
+    assert imported <= {"torch", "triton"} | sys.stdlib_module_names
+
+
+def run_without_gpu(name, folder, interpret):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+    if interpret:
+        environment["TRITON_INTERPRET"] = "1"
+    program = ROUTE_SOMETHING.format(name=name)
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
+def test_works_without_gpu_and_interpreter():
+    assert run_without_gpu("omni_kernels", REPOSITORY, interpret=False) == ["True"]
+
+
+@pytest.mark.parametrize("interpret", [False, True], ids=["pytorch", "interpreter"])
+def test_works_elsewhere_under_another_name(tmp_path, interpret):
+    shutil.copytree(PACKAGE, tmp_path / "their_router", ignore=shutil.ignore_patterns("__pycache__"))
+    assert run_without_gpu("their_router", tmp_path, interpret) == ["False"]
