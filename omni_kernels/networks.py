@@ -10,27 +10,28 @@ import triton.language as tl
 
 
 @triton.jit
-def exchange(a, b, NVIDIA: tl.constexpr):
-    """The larger and the smaller of two int32 or int64 keys.
+def exchange(a, b, NVIDIA: tl.constexpr, FP64: tl.constexpr):
+    """The larger and the smaller of two int32 or int64 keys; with FP64, int64 keys are ordered as doubles.
 
     64-bit keys are exchanged in PTX on NVIDIA GPUs: compilers would turn it into a minimum and a maximum, and compare
-    twice, unless they see halves.
+    twice, unless they see halves. Doubles are compared by a unit of their own, while integers would wait for the one
+    that moves the halves.
     """
     if NVIDIA and a.dtype == tl.int64:
         return tl.inline_asm_elementwise(
-            """{
+            f"""{{
             .reg .pred p;
             .reg .b32 al, ah, bl, bh, cl, ch, dl, dh;
-            mov.b64 {al, ah}, $2;
-            mov.b64 {bl, bh}, $3;
-            setp.lt.s64 p, $2, $3;
+            mov.b64 {{al, ah}}, $2;
+            mov.b64 {{bl, bh}}, $3;
+            setp.lt.{"f64" if FP64 else "s64"} p, $2, $3;
             selp.b32 cl, bl, al, p;
             selp.b32 ch, bh, ah, p;
             selp.b32 dl, al, bl, p;
             selp.b32 dh, ah, bh, p;
-            mov.b64 $0, {cl, ch};
-            mov.b64 $1, {dl, dh};
-            }""",
+            mov.b64 $0, {{cl, ch}};
+            mov.b64 $1, {{dl, dh}};
+            }}""",
             "=&l,=&l,l,l", [a, b], (tl.int64, tl.int64), True, 1,
         )  # fmt: skip
     else:
@@ -39,7 +40,7 @@ def exchange(a, b, NVIDIA: tl.constexpr):
 
 
 @triton.jit
-def merge(a, b, LENGTH: tl.constexpr, NVIDIA: tl.constexpr):
+def merge(a, b, LENGTH: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr):
     """Merge two descending tuples into one.
 
     LENGTH is len(a): Triton 3.6 names a specialized function after the elements of its tuples but not after where one
@@ -50,24 +51,24 @@ def merge(a, b, LENGTH: tl.constexpr, NVIDIA: tl.constexpr):
     elif len(b) == 0:
         return a
     elif len(a) + len(b) == 2:
-        return exchange(a[0], b[0], NVIDIA)
+        return exchange(a[0], b[0], NVIDIA, FP64)
     else:
-        evens = merge(a[0::2], b[0::2], len(a[0::2]), NVIDIA)
-        odds = merge(a[1::2], b[1::2], len(a[1::2]), NVIDIA)
+        evens = merge(a[0::2], b[0::2], len(a[0::2]), NVIDIA, FP64)
+        odds = merge(a[1::2], b[1::2], len(a[1::2]), NVIDIA, FP64)
         merged = evens[:1]
         for i in tl.static_range(len(odds)):
             if i + 1 < len(evens):
-                merged = merged + exchange(evens[i + 1], odds[i], NVIDIA)
+                merged = merged + exchange(evens[i + 1], odds[i], NVIDIA, FP64)
             else:
                 merged = merged + odds[i:]
         return merged + evens[len(odds) + 1 :]
 
 
 @triton.jit
-def sort(keys, NVIDIA: tl.constexpr):
+def sort(keys, NVIDIA: tl.constexpr, FP64: tl.constexpr):
     """Sort a tuple, descending."""
     HALF: tl.constexpr = len(keys) // 2
     if HALF == 0:
         return keys
     else:
-        return merge(sort(keys[:HALF], NVIDIA), sort(keys[HALF:], NVIDIA), HALF, NVIDIA)
+        return merge(sort(keys[:HALF], NVIDIA, FP64), sort(keys[HALF:], NVIDIA, FP64), HALF, NVIDIA, FP64)

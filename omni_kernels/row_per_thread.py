@@ -11,6 +11,8 @@ row of the staircase the rank orders exactly as the exact sums do, so every row 
 makes different sums equal, and the merges never disagree with a full sort.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -80,20 +82,44 @@ def _staged_values(row, OFFSET: tl.constexpr, DTYPE: tl.constexpr, BYTES: tl.con
 
 
 @triton.jit
-def _key(value, index, INDEX_BITS: tl.constexpr, NVIDIA: tl.constexpr):
-    """Value and index as one integer whose order is value first, then the lower index."""
-    key = float_to_key(value.to(tl.float32), NVIDIA)
-    if INDEX_BITS == 32:
-        return (key.to(tl.int64) << 32) | (0x7FFFFFFF - index)
+def _wide_key(value, low, NVIDIA: tl.constexpr, FP64: tl.constexpr):
+    """An fp32 value above 31 bits that order equals, as one 64-bit key.
+
+    With FP64 the value's pattern is the high word of a double: doubles order by sign and magnitude as fp32 does, so
+    negative keys turn the low word around, and NaN stays below the patterns that are no number as a double either.
+    """
+    if FP64:
+        bits = tl.minimum((value + 0.0).to(tl.int32, bitcast=True), 0x7FEFFFFF)
+        low = low ^ (bits >> 31)
+        return (bits.to(tl.int64) << 32) | low.to(tl.uint32, bitcast=True).to(tl.int64)
     else:
-        MASK: tl.constexpr = (1 << INDEX_BITS) - 1
-        return (key & ~MASK) | (MASK - index)
+        return (float_to_key(value, NVIDIA).to(tl.int64) << 32) | low
 
 
 @triton.jit
-def _value_of(key, INDEX_BITS: tl.constexpr):
+def _parts_of_wide(key, FP64: tl.constexpr):
+    """The inverse of `_wide_key`."""
+    high, low = (key >> 32).to(tl.int32), key.to(tl.int32)
+    if FP64:
+        return high.to(tl.float32, bitcast=True), low ^ (high >> 31)
+    else:
+        return key_to_float(high), low
+
+
+@triton.jit
+def _key(value, index, INDEX_BITS: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr):
+    """Value and index as one integer whose order is value first, then the lower index."""
+    MASK: tl.constexpr = (1 << min(INDEX_BITS, 31)) - 1
     if INDEX_BITS == 32:
-        return key_to_float((key >> 32).to(tl.int32))
+        return _wide_key(value, tl.zeros_like(value).to(tl.int32) + (MASK - index), NVIDIA, FP64)
+    else:
+        return (float_to_key(value.to(tl.float32), NVIDIA) & ~MASK) | (MASK - index)
+
+
+@triton.jit
+def _value_of(key, INDEX_BITS: tl.constexpr, FP64: tl.constexpr):
+    if INDEX_BITS == 32:
+        return _parts_of_wide(key, FP64)[0]
     else:
         MASK: tl.constexpr = (1 << INDEX_BITS) - 1
         high = key & ~MASK
@@ -101,61 +127,63 @@ def _value_of(key, INDEX_BITS: tl.constexpr):
 
 
 @triton.jit
-def _index_of(key, INDEX_BITS: tl.constexpr):
+def _index_of(key, INDEX_BITS: tl.constexpr, FP64: tl.constexpr):
+    MASK: tl.constexpr = (1 << min(INDEX_BITS, 31)) - 1
     if INDEX_BITS == 32:
-        return 0x7FFFFFFF - key.to(tl.int32)
+        return MASK - _parts_of_wide(key, FP64)[1]
     else:
-        MASK: tl.constexpr = (1 << INDEX_BITS) - 1
         return MASK - (key & MASK)
 
 
 @triton.jit
-def _best_of_groups(keys, K: tl.constexpr, GROUP: tl.constexpr, NVIDIA: tl.constexpr):
+def _best_of_groups(keys, K: tl.constexpr, GROUP: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr):
     """The K best of a tuple, descending, GROUP at a time."""
     best = ()
     for start in tl.static_range(0, len(keys), GROUP):
-        best = merge(best, sort(keys[start : start + GROUP], NVIDIA), len(best), NVIDIA)[:K]
+        best = merge(best, sort(keys[start : start + GROUP], NVIDIA, FP64), len(best), NVIDIA, FP64)[:K]
     return best
 
 
 @triton.jit
-def _keys(values, index, INDEX_BITS: tl.constexpr, NVIDIA: tl.constexpr):
+def _keys(values, index, INDEX_BITS: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr):
     """The keys of a tuple of values whose indices count up from `index`."""
     keys = ()
     for i in tl.static_range(len(values)):
-        keys = keys + (_key(values[i], index + i, INDEX_BITS, NVIDIA),)
+        keys = keys + (_key(values[i], index + i, INDEX_BITS, NVIDIA, FP64),)
     return keys
 
 
 @triton.jit
 def _candidates_of_tile(row, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
-                        CHUNK: tl.constexpr, VECTOR: tl.constexpr, INDEX_BITS: tl.constexpr):  # fmt: skip
+                        CHUNK: tl.constexpr, VECTOR: tl.constexpr, INDEX_BITS: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
     """Keys (value, column) of a tile in shared memory among which its K best are: all of it, or its K best chunks."""
     BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
     keys = ()
     if CHUNK == 1:
         for start in tl.static_range(0, TILE_N * BYTES, VECTOR):
             values = _staged_values(row, start, DTYPE, VECTOR)
-            keys = keys + _keys(values, start // BYTES, INDEX_BITS, True)
+            keys = keys + _keys(values, start // BYTES, INDEX_BITS, True, FP64)
     else:
         maxima = _staged_maxima(row, DTYPE, TILE_N, CHUNK, VECTOR)
-        chunks = _best_of_groups(_keys(maxima, 0, INDEX_BITS, True), K, GROUP, True)
+        chunks = _best_of_groups(_keys(maxima, 0, INDEX_BITS, True, FP64), K, GROUP, True, FP64)
         for i in tl.static_range(len(chunks)):
-            start = _index_of(chunks[i], INDEX_BITS) * CHUNK
+            start = _index_of(chunks[i], INDEX_BITS, FP64) * CHUNK
             values = _staged_values(row + start * BYTES, 0, DTYPE, CHUNK * BYTES)
-            keys = keys + _keys(values, start, INDEX_BITS, True)
+            keys = keys + _keys(values, start, INDEX_BITS, True, FP64)
     return keys
 
 
 @triton.jit
-def _lowest(like, K: tl.constexpr, INDEX_BITS: tl.constexpr):
+def _lowest(like, K: tl.constexpr, INDEX_BITS: tl.constexpr, FP64: tl.constexpr):
     """K keys below all others."""
     keys = ()
     for _ in tl.static_range(K):
-        if INDEX_BITS == 32:
-            keys = keys + (tl.full(like.shape, -(1 << 63), tl.int64),)
-        else:
+        if INDEX_BITS < 32:
             keys = keys + (tl.full(like.shape, -(1 << 31), tl.int32),)
+        elif FP64:
+            keys = keys + (tl.full(like.shape, -0x0010000100000000, tl.int64),)  # the least double that is finite
+        else:
+            keys = keys + (tl.full(like.shape, -(1 << 63), tl.int64),)
     return keys
 
 
@@ -168,55 +196,61 @@ def _where(condition, a, b):
 
 
 @triton.jit
-def _shift(keys, column):
+def _shift(keys, column, FP64: tl.constexpr):
     """The keys of a tile's columns -> those of the row's, `column` further right."""
     shifted = ()
     for i in tl.static_range(len(keys)):
-        shifted = shifted + (keys[i] - column,)
+        if FP64 and keys[i].dtype == tl.int64:
+            shifted = shifted + (tl.where(keys[i] < 0, keys[i] + column, keys[i] - column),)
+        else:
+            shifted = shifted + (keys[i] - column,)
     return shifted
 
 
 @triton.jit
 def _top_of_strided_row(row_ptrs, stride_n, NUM_COLUMNS: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
-                        INDEX_BITS: tl.constexpr, NVIDIA: tl.constexpr):  # fmt: skip
+                        INDEX_BITS: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
     """The keys (value, column) of the K best columns of each row, descending, read one by one from global memory."""
     FIRST: tl.constexpr = min(GROUP, NUM_COLUMNS)
     TAIL: tl.constexpr = (NUM_COLUMNS - FIRST) % GROUP
-    best = _strided_group(row_ptrs, 0, stride_n, FIRST, INDEX_BITS, NVIDIA)[:K]
+    best = _strided_group(row_ptrs, 0, stride_n, FIRST, INDEX_BITS, NVIDIA, FP64)[:K]
     for start in tl.range(GROUP, NUM_COLUMNS - TAIL, GROUP):
-        best = merge(best, _strided_group(row_ptrs, start, stride_n, GROUP, INDEX_BITS, NVIDIA), K, NVIDIA)[:K]
+        best = merge(best, _strided_group(row_ptrs, start, stride_n, GROUP, INDEX_BITS, NVIDIA, FP64), K, NVIDIA, FP64)[
+            :K
+        ]
     if TAIL > 0:
-        tail = _strided_group(row_ptrs, NUM_COLUMNS - TAIL, stride_n, TAIL, INDEX_BITS, NVIDIA)
-        best = merge(best, tail, K, NVIDIA)[:K]
+        tail = _strided_group(row_ptrs, NUM_COLUMNS - TAIL, stride_n, TAIL, INDEX_BITS, NVIDIA, FP64)
+        best = merge(best, tail, K, NVIDIA, FP64)[:K]
     return best
 
 
 @triton.jit
-def _strided_group(row_ptrs, start, stride_n, COUNT: tl.constexpr, INDEX_BITS: tl.constexpr, NVIDIA: tl.constexpr):
+def _strided_group(
+    row_ptrs, start, stride_n, COUNT: tl.constexpr, INDEX_BITS: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr
+):
     """The sorted keys of COUNT columns from `start` on."""
     values = ()
     column = tl.full(row_ptrs.shape, 0, tl.int64) + start
     for i in tl.static_range(COUNT):
         values = values + (load_value(row_ptrs + (column + i) * stride_n, NVIDIA),)
-    return sort(_keys(values, start, INDEX_BITS, NVIDIA), NVIDIA)
+    return sort(_keys(values, start, INDEX_BITS, NVIDIA, FP64), NVIDIA, FP64)
 
 
 @triton.jit
 def _staircase(sums_x, rows, sums_y, columns, FIRST: tl.constexpr, LAST: tl.constexpr, K: tl.constexpr,
-               NVIDIA: tl.constexpr):  # fmt: skip
+               NVIDIA: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
     """The keys of the K best pairs among the staircase's rows FIRST to LAST - 1, descending."""
     if LAST - FIRST == 1:
         keys = ()
         for rank in tl.static_range(min(K // (FIRST + 1), len(columns))):
-            pair = (rows[FIRST] | columns[rank]).to(tl.int64)
-            keys = keys + ((float_to_key(sums_x[FIRST] + sums_y[rank], NVIDIA).to(tl.int64) << 32) | pair,)
+            keys = keys + (_wide_key(sums_x[FIRST] + sums_y[rank], rows[FIRST] | columns[rank], NVIDIA, FP64),)
         return keys
     else:
         # The rows shorten like K / rank, so halving their count where the ranks double keeps the merges even.
         MIDDLE: tl.constexpr = min(2 * FIRST + 1, (FIRST + LAST) // 2) if 2 * FIRST + 1 >= LAST else 2 * FIRST + 1
-        first = _staircase(sums_x, rows, sums_y, columns, FIRST, MIDDLE, K, NVIDIA)
-        rest = _staircase(sums_x, rows, sums_y, columns, MIDDLE, LAST, K, NVIDIA)
-        return merge(first, rest, len(first), NVIDIA)[:K]
+        first = _staircase(sums_x, rows, sums_y, columns, FIRST, MIDDLE, K, NVIDIA, FP64)
+        rest = _staircase(sums_x, rows, sums_y, columns, MIDDLE, LAST, K, NVIDIA, FP64)
+        return merge(first, rest, len(first), NVIDIA, FP64)[:K]
 
 
 @triton.jit
@@ -244,7 +278,7 @@ def row_per_thread_kernel(
     num_tokens,
     NUM_EXPERT_SQRT: tl.constexpr, K: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr,
-    INDEX_BITS: tl.constexpr, ROW_BITS: tl.constexpr, STAGED: tl.constexpr, NVIDIA: tl.constexpr,
+    INDEX_BITS: tl.constexpr, ROW_BITS: tl.constexpr, STAGED: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr,
 ):  # fmt: skip
     RANKS: tl.constexpr = min(K, NUM_EXPERT_SQRT)
     tokens = tl.program_id(0).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
@@ -261,47 +295,47 @@ def row_per_thread_kernel(
         TILES: tl.constexpr = NUM_EXPERT_SQRT // TILE_N
         x_bytes = x_ptr.to(tl.int64)
         copy_rows(buffer, x_bytes, first_token, num_tokens - 1, stride_xm, BYTES, TILE_N, VECTOR, PITCH)
-        best_x, best_y = _lowest(thread, RANKS, INDEX_BITS), _lowest(thread, RANKS, INDEX_BITS)
+        best_x, best_y = _lowest(thread, RANKS, INDEX_BITS, FP64), _lowest(thread, RANKS, INDEX_BITS, FP64)
         for step in tl.range(2 * TILES):
             column = step % TILES * TILE_N
             wait_for_rows(thread)
-            keys = _candidates_of_tile(row, DTYPE, TILE_N, RANKS, GROUP, CHUNK, VECTOR, INDEX_BITS)
+            keys = _candidates_of_tile(row, DTYPE, TILE_N, RANKS, GROUP, CHUNK, VECTOR, INDEX_BITS, FP64)
             if step + 1 < 2 * TILES:
                 next_ptr = tl.where(step + 1 < TILES, x_ptr.to(tl.int64), y_ptr.to(tl.int64))
                 next_ptr += (step + 1) % TILES * TILE_N * BYTES
                 next_stride = tl.where(step + 1 < TILES, stride_xm, stride_ym)
                 copy_rows(buffer, next_ptr, first_token, num_tokens - 1, next_stride, BYTES, TILE_N, VECTOR, PITCH)
-            best = _best_of_groups(keys, RANKS, GROUP, NVIDIA)
+            best = _best_of_groups(keys, RANKS, GROUP, NVIDIA, FP64)
             if TILES == 1:
                 best_x, best_y = best_y, best
             else:
                 # Each factor starts anew: what was best is the other factor's, and stays as best_x.
                 starts = (thread * 0 + step) % TILES == 0
                 best_x = _where(starts, best_y, best_x)
-                best_y = _where(starts, _lowest(thread, RANKS, INDEX_BITS), best_y)
-                best_y = merge(best_y, _shift(best, column), RANKS, NVIDIA)[:RANKS]
+                best_y = _where(starts, _lowest(thread, RANKS, INDEX_BITS, FP64), best_y)
+                best_y = merge(best_y, _shift(best, column, FP64), RANKS, NVIDIA, FP64)[:RANKS]
     else:
-        best_x = _top_of_strided_row(x_ptrs, stride_xn, NUM_EXPERT_SQRT, RANKS, GROUP, INDEX_BITS, NVIDIA)
-        best_y = _top_of_strided_row(y_ptrs, stride_yn, NUM_EXPERT_SQRT, RANKS, GROUP, INDEX_BITS, NVIDIA)
+        best_x = _top_of_strided_row(x_ptrs, stride_xn, NUM_EXPERT_SQRT, RANKS, GROUP, INDEX_BITS, NVIDIA, FP64)
+        best_y = _top_of_strided_row(y_ptrs, stride_yn, NUM_EXPERT_SQRT, RANKS, GROUP, INDEX_BITS, NVIDIA, FP64)
 
     # Where +inf may meet -inf, or NaN is there, all of the token's scores become NaN: every path agrees on that.
-    first_x, last_x = _value_of(best_x[0], INDEX_BITS), _value_of(best_x[RANKS - 1], INDEX_BITS)
-    first_y, last_y = _value_of(best_y[0], INDEX_BITS), _value_of(best_y[RANKS - 1], INDEX_BITS)
+    first_x, last_x = _value_of(best_x[0], INDEX_BITS, FP64), _value_of(best_x[RANKS - 1], INDEX_BITS, FP64)
+    first_y, last_y = _value_of(best_y[0], INDEX_BITS, FP64), _value_of(best_y[RANKS - 1], INDEX_BITS, FP64)
     poison = tl.where(
         (first_x + last_y == first_x + last_y) & (first_y + last_x == first_y + last_x), 0.0, float("nan")
     )
     values_x, values_y, rows, columns = (), (), (), ()
     ROW_MASK: tl.constexpr = (1 << ROW_BITS) - 1
     for rank in tl.static_range(RANKS):
-        values_x = values_x + (_value_of(best_x[rank], INDEX_BITS) + poison,)
-        values_y = values_y + (_value_of(best_y[rank], INDEX_BITS),)
-        rows = rows + ((ROW_MASK - _index_of(best_x[rank], INDEX_BITS)) << (31 - ROW_BITS),)
-        columns = columns + (_index_of(best_y[rank], INDEX_BITS) | ((RANKS - 1 - rank) << ROW_BITS),)
-    pairs = _staircase(values_x, rows, values_y, columns, 0, RANKS, K, NVIDIA)
+        values_x = values_x + (_value_of(best_x[rank], INDEX_BITS, FP64) + poison,)
+        values_y = values_y + (_value_of(best_y[rank], INDEX_BITS, FP64),)
+        rows = rows + ((ROW_MASK - _index_of(best_x[rank], INDEX_BITS, FP64)) << (31 - ROW_BITS),)
+        columns = columns + (_index_of(best_y[rank], INDEX_BITS, FP64) | ((RANKS - 1 - rank) << ROW_BITS),)
+    pairs = _staircase(values_x, rows, values_y, columns, 0, RANKS, K, NVIDIA, FP64)
 
     scores, rounded, indices = (), (), ()
     for slot in tl.static_range(K):
-        score, low = key_to_float((pairs[slot] >> 32).to(tl.int32)), pairs[slot].to(tl.int32)
+        score, low = _parts_of_wide(pairs[slot], FP64)
         scores = scores + (score,)
         rounded = rounded + (score.to(scores_ptr.dtype.element_ty),)
         indices = indices + ((ROW_MASK - (low >> (31 - ROW_BITS))) * NUM_EXPERT_SQRT + (low & ROW_MASK),)
@@ -344,9 +378,15 @@ def row_per_thread_forward(router_logits_x, router_logits_y, num_experts_per_tok
             NUM_EXPERT_SQRT=num_expert_sqrt, K=k, TILE_M=32, TILE_N=tile_n,
             GROUP=max(8, triton.next_power_of_2(min(k, num_expert_sqrt))), CHUNK=chunk, VECTOR=vector,
             INDEX_BITS=INDEX_BITS[x.dtype], ROW_BITS=MAX_EXPERT_SQRT.bit_length() - 1,
-            STAGED=tile_n > 0, NVIDIA=not interpreting(), num_warps=1,
+            STAGED=tile_n > 0, NVIDIA=not interpreting(), FP64=_compares_doubles(device), num_warps=1,
         )  # fmt: skip
     return scores.to(dtype), indices
+
+
+@functools.cache
+def _compares_doubles(device):
+    """Whether this GPU compares doubles as fast as integers: those for data centers do."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in ((8, 0), (9, 0), (10, 0))
 
 
 def _tiling(x, y, k):

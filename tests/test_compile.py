@@ -41,6 +41,7 @@ KERNELS = {
         "ROW_BITS": 13,
         "STAGED": True,
         "NVIDIA": True,
+        "FP64": True,
     },
     "split_forward.split_forward_kernel": {"TILE_M": 2, "TILE_N": 1024, "TILE_K": 16, "PADDED_SQRT": 128},
 }
