@@ -1,8 +1,9 @@
 """The exact factored router: the k best of each factor, then the k best of their staircase (reference.py).
 
-`factored_forward` picks the kernel. row_per_thread.py gives each token a thread, and is the faster one wherever it can
-run. The kernel here gives TILE_M tokens to a program and is plain Triton: packed keys (keys.py) turn both selections
-into `tl.topk` of integers, and the staircase keeps the second at k·ln k candidates, where the k × k square has k².
+`factored_forward` picks the kernel. row_per_thread.py gives each token a thread, and is the faster one for many tokens
+wherever it can run. The kernel here gives TILE_M tokens to a program, whose lanes share their rows, in plain Triton.
+Packed keys (keys.py) turn each selection into `tl.topk` of integers. Of a row only the maxima of its chunks of CHUNK
+columns are sorted, then the columns of the best chunks: the k best columns lie in the k chunks with the largest maxima.
 """
 
 import math
@@ -13,23 +14,51 @@ import triton.language as tl
 
 from . import row_per_thread
 from .configs import device_of, get_arch, interpreting, kernel_input, output_dtype
-from .keys import LOWEST_KEY, pack, unpack
+from .keys import INDEX_BITS, LOWEST_KEY, pack, unpack
 
 MAX_EXPERTS_PER_TOKEN = 64
-MAX_EXPERT_SQRT = 4096  # a row must fit in one tile
+MAX_TILE = 256  # columns sorted at once; longer rows are streamed
 
 
 @triton.jit
-def _top_of_rows(
-    logits_ptr, row_offsets, stride_n, in_batch, num_expert_sqrt, TILE_N: tl.constexpr, TILE_K: tl.constexpr
-):
+def _top_of_tile(row_ptrs, start, stride_n, num_columns, in_batch, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+                 CHUNK: tl.constexpr, INDEX_BITS: tl.constexpr):  # fmt: skip
+    """The keys (value, column) of the TILE_K best among TILE_N columns of each row, best first."""
+    columns = (start + tl.arange(0, TILE_N))[None, :]
+    mask = in_batch[:, None] & (columns < num_columns)
+    values = tl.load(row_ptrs + columns.to(tl.int64) * stride_n, mask=mask, other=0.0).to(tl.float32)
+    # Padding keeps its column, below every value's key, so that no two keys are equal.
+    LOWEST: tl.constexpr = -(1 << 63) if INDEX_BITS == 32 else -(1 << 31)
+    INDEX_MASK: tl.constexpr = (1 << min(INDEX_BITS, 31)) - 1
+    keys = pack(values, columns, INDEX_BITS)
+    keys = tl.where(columns < num_columns, keys, tl.full((1, 1), LOWEST, keys.dtype) | (INDEX_MASK - columns))
+    if CHUNK > 1:
+        _, column = unpack(tl.topk(_maxima_of_chunks(keys, CHUNK), TILE_K, dim=1), INDEX_BITS)
+        place = (column - start)[:, :, None] // CHUNK * CHUNK + tl.arange(0, CHUNK)[None, None, :]
+        keys = tl.gather(keys, tl.reshape(place, (keys.shape[0], TILE_K * CHUNK)), 1)
+    return tl.topk(keys, TILE_K, dim=1)
+
+
+@triton.jit
+def _top_of_rows(row_ptrs, stride_n, num_columns, in_batch, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+                 CHUNK: tl.constexpr, INDEX_BITS: tl.constexpr, STREAMED: tl.constexpr):  # fmt: skip
     """The TILE_K best (value, column) of each row, best first."""
-    columns = tl.arange(0, TILE_N)
-    mask = in_batch[:, None] & (columns < num_expert_sqrt)[None, :]
-    offsets = row_offsets[:, None] + columns[None, :].to(tl.int64) * stride_n
-    values = tl.load(logits_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    keys = tl.where((columns < num_expert_sqrt)[None, :], pack(values, columns[None, :]), LOWEST_KEY)
-    return unpack(tl.topk(keys, TILE_K, dim=1))
+    best = _top_of_tile(row_ptrs, 0, stride_n, num_columns, in_batch, TILE_N, TILE_K, CHUNK, INDEX_BITS)
+    if STREAMED:
+        for start in range(TILE_N, num_columns, TILE_N):
+            more = _top_of_tile(row_ptrs, start, stride_n, num_columns, in_batch, TILE_N, TILE_K, CHUNK, INDEX_BITS)
+            best = tl.topk(tl.reshape(tl.join(best, more), (best.shape[0], 2 * TILE_K)), TILE_K, dim=1)
+    return unpack(best, INDEX_BITS)
+
+
+@triton.jit
+def _maxima_of_chunks(keys, CHUNK: tl.constexpr):
+    """[rows, columns] -> [rows, columns / CHUNK], by halves: Triton 3.6 fails on some reductions of a reshaped tile."""
+    if CHUNK == 1:
+        return keys
+    else:
+        even, odd = tl.split(tl.reshape(keys, (keys.shape[0], keys.shape[1] // 2, 2)))
+        return _maxima_of_chunks(tl.maximum(even, odd), CHUNK // 2)
 
 
 @triton.jit
@@ -57,13 +86,18 @@ def factored_kernel(
     x_ptr, y_ptr, scores_ptr, indices_ptr,
     stride_xm, stride_xn, stride_ym, stride_yn,
     num_tokens, num_expert_sqrt,
-    K: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
-    NUM_CANDIDATES: tl.constexpr, SIDE: tl.constexpr,
+    K: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, CHUNK: tl.constexpr,
+    INDEX_BITS: tl.constexpr, STREAMED: tl.constexpr, NUM_CANDIDATES: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     tokens = tl.program_id(0).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
     in_batch = tokens < num_tokens
-    best_x, rows = _top_of_rows(x_ptr, tokens * stride_xm, stride_xn, in_batch, num_expert_sqrt, TILE_N, TILE_K)
-    best_y, columns = _top_of_rows(y_ptr, tokens * stride_ym, stride_yn, in_batch, num_expert_sqrt, TILE_N, TILE_K)
+    x_rows, y_rows = x_ptr + (tokens * stride_xm)[:, None], y_ptr + (tokens * stride_ym)[:, None]
+    best_x, rows = _top_of_rows(
+        x_rows, stride_xn, num_expert_sqrt, in_batch, TILE_N, TILE_K, CHUNK, INDEX_BITS, STREAMED
+    )  # fmt: skip
+    best_y, columns = _top_of_rows(
+        y_rows, stride_yn, num_expert_sqrt, in_batch, TILE_N, TILE_K, CHUNK, INDEX_BITS, STREAMED
+    )  # fmt: skip
 
     rank_x, rank_y, is_candidate = _staircase(NUM_CANDIDATES, K, SIDE)
     is_candidate &= (rank_x < num_expert_sqrt) & (rank_y < num_expert_sqrt)
@@ -94,10 +128,9 @@ def factored_kernel(
     num_finite = tl.where(fill, tl.sum((is_slot & (scores > float("-inf"))).to(tl.int32), 1), K)
     tl.store(indices_ptr + outputs, indices, mask=mask & (slots[None, :] < num_finite[:, None]))
     if tl.min(num_finite, 0) < K:
-        x_offsets = (tokens * stride_xm)[:, None] + (slots // num_expert_sqrt).to(tl.int64)[None, :] * stride_xn
-        y_offsets = (tokens * stride_ym)[:, None] + (slots % num_expert_sqrt).to(tl.int64)[None, :] * stride_yn
-        x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0).to(tl.float32)
-        y = tl.load(y_ptr + y_offsets, mask=mask, other=0.0).to(tl.float32)
+        row, column = (slots // num_expert_sqrt).to(tl.int64)[None, :], (slots % num_expert_sqrt).to(tl.int64)[None, :]
+        x = tl.load(x_rows + row * stride_xn, mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(y_rows + column * stride_yn, mask=mask, other=0.0).to(tl.float32)
         masked = mask & (x + y == float("-inf"))
         slot = num_finite[:, None] + tl.cumsum(masked.to(tl.int32), 1) - 1
         experts = tl.broadcast_to(slots[None, :], (TILE_M, TILE_K))
@@ -109,7 +142,7 @@ def factored_forward(router_logits_x, router_logits_y, num_experts_per_token):
 
     Args:
         router_logits_x, router_logits_y: (num_tokens, N), fp32, fp16 or bf16, on a GPU (or on the CPU under Triton's
-            interpreter), any strides, at least one token; N at most MAX_EXPERT_SQRT.
+            interpreter), any strides, at least one token.
         num_experts_per_token: k, from 1 to MAX_EXPERTS_PER_TOKEN.
 
     Returns:
@@ -124,12 +157,16 @@ def factored_forward(router_logits_x, router_logits_y, num_experts_per_token):
     scores = torch.empty((num_tokens, k), dtype=output_dtype(dtype), device=device)
     indices = torch.empty((num_tokens, k), dtype=torch.int32, device=device)
     tile_k = triton.next_power_of_2(k)
-    tile_n = max(tile_k, triton.next_power_of_2(num_expert_sqrt))
+    tile_n = min(MAX_TILE, max(tile_k, triton.next_power_of_2(num_expert_sqrt)))
+    index_bits = INDEX_BITS[x.dtype] if num_expert_sqrt + tile_n <= 1 << INDEX_BITS[x.dtype] else 32
     num_candidates = max(tile_k, triton.next_power_of_2(sum(k // rank for rank in range(1, k + 1))))
-    tile_m = max(1, 4096 // max(tile_n, num_candidates))
+    chunk = max(1, min(4, tile_n // tile_k // 4))  # sorting the maxima must leave little to sort again
+    tile_m = triton.next_power_of_2(num_tokens) if interpreting() else 1
     with device_of(x):
         factored_kernel[(triton.cdiv(num_tokens, tile_m),)](
             x, y, scores, indices, *x.stride(), *y.stride(), num_tokens, num_expert_sqrt,
-            K=k, TILE_M=tile_m, TILE_N=tile_n, TILE_K=tile_k, NUM_CANDIDATES=num_candidates, SIDE=math.isqrt(k),
+            K=k, TILE_M=tile_m, TILE_N=tile_n, TILE_K=tile_k, CHUNK=chunk,
+            INDEX_BITS=index_bits, STREAMED=num_expert_sqrt > tile_n, NUM_CANDIDATES=num_candidates,
+            SIDE=math.isqrt(k), num_warps=1,
         )  # fmt: skip
     return scores.to(dtype), indices

@@ -6,8 +6,12 @@ equal scores, the lowest index: ties need no code of their own. (The trick is ra
 5.2.5.)
 """
 
+import torch
 import triton
 import triton.language as tl
+
+# How many low bits of a logit's fp32 pattern are free to hold an index; 32: none, the index needs a word of its own.
+INDEX_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 32}
 
 LOWEST_KEY = tl.constexpr(-(1 << 63))  # below every packed key: what padding sorts as
 
@@ -30,12 +34,52 @@ def key_to_float(key):
 
 
 @triton.jit
-def pack(value, index):
-    """(fp32, int32 >= 0) -> int64 whose order is value first, then the lower index."""
-    return (float_to_key(value).to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
+def pack(value, index, INDEX_BITS: tl.constexpr = 32, NVIDIA: tl.constexpr = False, FP64: tl.constexpr = False):
+    """(fp32, int32 >= 0) -> a key whose order is value first, then the lower index.
+
+    INDEX_BITS = 32: an int64 key, for any fp32 value and any index. Fewer: an int32 key, for values whose fp32 pattern
+    ends in that many zeros (16 for bf16, 13 for fp16) and indices below 2 ** INDEX_BITS.
+    """
+    MASK: tl.constexpr = (1 << min(INDEX_BITS, 31)) - 1
+    if INDEX_BITS == 32:
+        return pack_wide(value, tl.zeros_like(value).to(tl.int32) + (MASK - index), NVIDIA, FP64)
+    else:
+        return (float_to_key(value, NVIDIA) & ~MASK) | (MASK - index)
 
 
 @triton.jit
-def unpack(packed):
+def unpack(key, INDEX_BITS: tl.constexpr = 32, FP64: tl.constexpr = False):
     """The inverse of `pack`."""
-    return key_to_float((packed >> 32).to(tl.int32)), 0x7FFFFFFF - packed.to(tl.int32)
+    MASK: tl.constexpr = (1 << min(INDEX_BITS, 31)) - 1
+    if INDEX_BITS == 32:
+        value, low = unpack_wide(key, FP64)
+        return value, MASK - low
+    else:
+        high = key & ~MASK
+        value = (high ^ ((high >> 31) & (0x7FFFFFFF & ~MASK))).to(tl.float32, bitcast=True)
+        return value, MASK - (key & MASK)
+
+
+@triton.jit
+def pack_wide(value, low, NVIDIA: tl.constexpr, FP64: tl.constexpr):
+    """An fp32 value above 31 bits that order equals, as one int64 key.
+
+    With FP64 the keys order as doubles: the value's pattern is a double's high word, which orders by sign and magnitude
+    as fp32 does, so negative keys turn the low word around, and NaN becomes one that is a number as a double.
+    """
+    if FP64:
+        bits = tl.minimum((value + 0.0).to(tl.int32, bitcast=True), 0x7FEFFFFF)
+        low = low ^ (bits >> 31)
+        return (bits.to(tl.int64) << 32) | low.to(tl.uint32, bitcast=True).to(tl.int64)
+    else:
+        return (float_to_key(value, NVIDIA).to(tl.int64) << 32) | low
+
+
+@triton.jit
+def unpack_wide(key, FP64: tl.constexpr):
+    """The inverse of `pack_wide`."""
+    high, low = (key >> 32).to(tl.int32), key.to(tl.int32)
+    if FP64:
+        return high.to(tl.float32, bitcast=True), low ^ (high >> 31)
+    else:
+        return key_to_float(high), low

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .configs import device_of, interpreting, kernel_input, output_dtype
-from .keys import float_to_key, key_to_float
+from .keys import INDEX_BITS, pack, pack_wide, unpack, unpack_wide
 from .networks import merge, sort
 from .words import allocate_rows, copy_rows, load_shared, load_value, store_row, unpack_word, wait_for_rows
 
@@ -26,9 +26,6 @@ MAX_EXPERTS_PER_TOKEN = 32  # more would not fit in a thread's registers
 MAX_EXPERT_SQRT = 1 << 13  # row, rank and column of a pair share 31 bits
 ROW_BYTES = 512  # what of a row is in shared memory at once
 MIN_TILE = 64  # columns below which a tile is not worth staging
-
-# How many low bits of a key hold the column: what the fp32 pattern of a logit leaves free. 32: a word of its own.
-INDEX_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 32}
 
 
 @triton.jit
@@ -82,60 +79,6 @@ def _staged_values(row, OFFSET: tl.constexpr, DTYPE: tl.constexpr, BYTES: tl.con
 
 
 @triton.jit
-def _wide_key(value, low, NVIDIA: tl.constexpr, FP64: tl.constexpr):
-    """An fp32 value above 31 bits that order equals, as one 64-bit key.
-
-    With FP64 the value's pattern is the high word of a double: doubles order by sign and magnitude as fp32 does, so
-    negative keys turn the low word around, and NaN stays below the patterns that are no number as a double either.
-    """
-    if FP64:
-        bits = tl.minimum((value + 0.0).to(tl.int32, bitcast=True), 0x7FEFFFFF)
-        low = low ^ (bits >> 31)
-        return (bits.to(tl.int64) << 32) | low.to(tl.uint32, bitcast=True).to(tl.int64)
-    else:
-        return (float_to_key(value, NVIDIA).to(tl.int64) << 32) | low
-
-
-@triton.jit
-def _parts_of_wide(key, FP64: tl.constexpr):
-    """The inverse of `_wide_key`."""
-    high, low = (key >> 32).to(tl.int32), key.to(tl.int32)
-    if FP64:
-        return high.to(tl.float32, bitcast=True), low ^ (high >> 31)
-    else:
-        return key_to_float(high), low
-
-
-@triton.jit
-def _key(value, index, INDEX_BITS: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr):
-    """Value and index as one integer whose order is value first, then the lower index."""
-    MASK: tl.constexpr = (1 << min(INDEX_BITS, 31)) - 1
-    if INDEX_BITS == 32:
-        return _wide_key(value, tl.zeros_like(value).to(tl.int32) + (MASK - index), NVIDIA, FP64)
-    else:
-        return (float_to_key(value.to(tl.float32), NVIDIA) & ~MASK) | (MASK - index)
-
-
-@triton.jit
-def _value_of(key, INDEX_BITS: tl.constexpr, FP64: tl.constexpr):
-    if INDEX_BITS == 32:
-        return _parts_of_wide(key, FP64)[0]
-    else:
-        MASK: tl.constexpr = (1 << INDEX_BITS) - 1
-        high = key & ~MASK
-        return (high ^ ((high >> 31) & (0x7FFFFFFF & ~MASK))).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _index_of(key, INDEX_BITS: tl.constexpr, FP64: tl.constexpr):
-    MASK: tl.constexpr = (1 << min(INDEX_BITS, 31)) - 1
-    if INDEX_BITS == 32:
-        return MASK - _parts_of_wide(key, FP64)[1]
-    else:
-        return MASK - (key & MASK)
-
-
-@triton.jit
 def _best_of_groups(keys, K: tl.constexpr, GROUP: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr):
     """The K best of a tuple, descending, GROUP at a time."""
     best = ()
@@ -149,13 +92,14 @@ def _keys(values, index, INDEX_BITS: tl.constexpr, NVIDIA: tl.constexpr, FP64: t
     """The keys of a tuple of values whose indices count up from `index`."""
     keys = ()
     for i in tl.static_range(len(values)):
-        keys = keys + (_key(values[i], index + i, INDEX_BITS, NVIDIA, FP64),)
+        keys = keys + (pack(values[i], index + i, INDEX_BITS, NVIDIA, FP64),)
     return keys
 
 
 @triton.jit
 def _candidates_of_tile(row, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
-                        CHUNK: tl.constexpr, VECTOR: tl.constexpr, INDEX_BITS: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
+                        CHUNK: tl.constexpr, VECTOR: tl.constexpr, INDEX_BITS: tl.constexpr,
+                        FP64: tl.constexpr):  # fmt: skip
     """Keys (value, column) of a tile in shared memory among which its K best are: all of it, or its K best chunks."""
     BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
     keys = ()
@@ -167,7 +111,7 @@ def _candidates_of_tile(row, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K: tl.co
         maxima = _staged_maxima(row, DTYPE, TILE_N, CHUNK, VECTOR)
         chunks = _best_of_groups(_keys(maxima, 0, INDEX_BITS, True, FP64), K, GROUP, True, FP64)
         for i in tl.static_range(len(chunks)):
-            start = _index_of(chunks[i], INDEX_BITS, FP64) * CHUNK
+            start = unpack(chunks[i], INDEX_BITS, FP64)[1] * CHUNK
             values = _staged_values(row + start * BYTES, 0, DTYPE, CHUNK * BYTES)
             keys = keys + _keys(values, start, INDEX_BITS, True, FP64)
     return keys
@@ -243,7 +187,7 @@ def _staircase(sums_x, rows, sums_y, columns, FIRST: tl.constexpr, LAST: tl.cons
     if LAST - FIRST == 1:
         keys = ()
         for rank in tl.static_range(min(K // (FIRST + 1), len(columns))):
-            keys = keys + (_wide_key(sums_x[FIRST] + sums_y[rank], rows[FIRST] | columns[rank], NVIDIA, FP64),)
+            keys = keys + (pack_wide(sums_x[FIRST] + sums_y[rank], rows[FIRST] | columns[rank], NVIDIA, FP64),)
         return keys
     else:
         # The rows shorten like K / rank, so halving their count where the ranks double keeps the merges even.
@@ -319,23 +263,24 @@ def row_per_thread_kernel(
         best_y = _top_of_strided_row(y_ptrs, stride_yn, NUM_EXPERT_SQRT, RANKS, GROUP, INDEX_BITS, NVIDIA, FP64)
 
     # Where +inf may meet -inf, or NaN is there, all of the token's scores become NaN: every path agrees on that.
-    first_x, last_x = _value_of(best_x[0], INDEX_BITS, FP64), _value_of(best_x[RANKS - 1], INDEX_BITS, FP64)
-    first_y, last_y = _value_of(best_y[0], INDEX_BITS, FP64), _value_of(best_y[RANKS - 1], INDEX_BITS, FP64)
+    first_x, last_x = unpack(best_x[0], INDEX_BITS, FP64)[0], unpack(best_x[RANKS - 1], INDEX_BITS, FP64)[0]
+    first_y, last_y = unpack(best_y[0], INDEX_BITS, FP64)[0], unpack(best_y[RANKS - 1], INDEX_BITS, FP64)[0]
     poison = tl.where(
         (first_x + last_y == first_x + last_y) & (first_y + last_x == first_y + last_x), 0.0, float("nan")
     )
     values_x, values_y, rows, columns = (), (), (), ()
     ROW_MASK: tl.constexpr = (1 << ROW_BITS) - 1
     for rank in tl.static_range(RANKS):
-        values_x = values_x + (_value_of(best_x[rank], INDEX_BITS, FP64) + poison,)
-        values_y = values_y + (_value_of(best_y[rank], INDEX_BITS, FP64),)
-        rows = rows + ((ROW_MASK - _index_of(best_x[rank], INDEX_BITS, FP64)) << (31 - ROW_BITS),)
-        columns = columns + (_index_of(best_y[rank], INDEX_BITS, FP64) | ((RANKS - 1 - rank) << ROW_BITS),)
+        value_x, row = unpack(best_x[rank], INDEX_BITS, FP64)
+        value_y, column = unpack(best_y[rank], INDEX_BITS, FP64)
+        values_x, values_y = values_x + (value_x + poison,), values_y + (value_y,)
+        rows = rows + ((ROW_MASK - row) << (31 - ROW_BITS),)
+        columns = columns + (column | ((RANKS - 1 - rank) << ROW_BITS),)
     pairs = _staircase(values_x, rows, values_y, columns, 0, RANKS, K, NVIDIA, FP64)
 
     scores, rounded, indices = (), (), ()
     for slot in tl.static_range(K):
-        score, low = _parts_of_wide(pairs[slot], FP64)
+        score, low = unpack_wide(pairs[slot], FP64)
         scores = scores + (score,)
         rounded = rounded + (score.to(scores_ptr.dtype.element_ty),)
         indices = indices + ((ROW_MASK - (low >> (31 - ROW_BITS))) * NUM_EXPERT_SQRT + (low & ROW_MASK),)

@@ -24,7 +24,17 @@ MAX_STACK = 128  # bytes a thread may keep outside its registers
 KERNELS = {
     "backward.dense_kernel": {"TILE_M": 16, "TILE_N": 16},
     "backward.scatter_kernel": {"TILE_M": 16, "TILE_K": 16, "TILE_N": 64},
-    "factored.factored_kernel": {"K": 4, "TILE_M": 4, "TILE_N": 16, "TILE_K": 4, "NUM_CANDIDATES": 8, "SIDE": 2},
+    "factored.factored_kernel": {
+        "K": 4,
+        "TILE_M": 1,
+        "TILE_N": 64,
+        "TILE_K": 4,
+        "CHUNK": 4,
+        "INDEX_BITS": {"bf16": 16, "fp32": 32},
+        "STREAMED": True,
+        "NUM_CANDIDATES": 8,
+        "SIDE": 2,
+    },
     "forward.forward_kernel": {"TILE_M": 4, "TILE_N": 32},
     "original.backward_kernel": {"TILE_M": 64, "TILE_K": 16},
     "original.forward_kernel": {"TILE_M": 4, "TILE_N": 1024},
@@ -80,7 +90,9 @@ def compile_kernel(case):
     signature = {arg: "constexpr" if arg in constexprs else argument_type(arg, dtype) for arg in kernel.arg_names}
     source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
     binary = triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 1 if "row_per_thread" in name else 4}
+        source,
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": 1 if "factored" in name or "row_per_thread" in name else 4},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])

@@ -92,7 +92,7 @@ def test_a_token_does_not_depend_on_its_neighbours(device):
     assert_same_bits(factored_forward(x[5:6], y[5:6], 4), [part[5:6] for part in want])
 
 
-@pytest.mark.parametrize(("num_expert_sqrt", "k"), [(700, 2), (factored.MAX_EXPERT_SQRT, 1)])
+@pytest.mark.parametrize(("num_expert_sqrt", "k"), [(700, 2), (4096, 1), (9000, 2)])
 def test_long_rows(num_expert_sqrt, k, device):
     x, y = torch.randn(2, 3, num_expert_sqrt, device=device)
     x[:, -1], y[0, -1] = 10.0, 10.0
@@ -101,8 +101,8 @@ def test_long_rows(num_expert_sqrt, k, device):
 
 @pytest.mark.skipif(not ON_GPU, reason="the interpreter needs minutes for the largest tiles")
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-@pytest.mark.parametrize("num_expert_sqrt", [255, 256, 257, 1000, 1024, 2049, factored.MAX_EXPERT_SQRT])
-@pytest.mark.parametrize("k", [1, 7, 16, 33, factored.MAX_EXPERTS_PER_TOKEN])
+@pytest.mark.parametrize("num_expert_sqrt", [255, 256, 257, 1000, 1024, 2049, 4096, 9000])
+@pytest.mark.parametrize("k", [1, 16, 33, factored.MAX_EXPERTS_PER_TOKEN])
 def test_large_tiles(num_expert_sqrt, k, dtype, device):
     x, y = adversarial_logits(num_expert_sqrt, dtype, device)
     assert_same_bits(factored_forward(x, y, k), factored_router(x, y, k))
