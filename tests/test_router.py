@@ -437,6 +437,7 @@ def gpu_memory():
 LARGE = [(omni_router, 1), (omni_router, 64), (original, 1), (optimized, 1)]
 
 
+@pytest.mark.xdist_group("large")  # one after the other: together they would not fit in memory
 @pytest.mark.skipif(gpu_memory() < 60 << 30, reason="needs a GPU with 60 GiB")
 @pytest.mark.parametrize(("router", "k"), LARGE, ids=lambda part: getattr(part, "__name__", str(part)))
 def test_more_than_two_to_the_31_elements(router, k):
