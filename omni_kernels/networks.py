@@ -72,3 +72,12 @@ def sort(keys, NVIDIA: tl.constexpr, FP64: tl.constexpr):
         return keys
     else:
         return merge(sort(keys[:HALF], NVIDIA, FP64), sort(keys[HALF:], NVIDIA, FP64), HALF, NVIDIA, FP64)
+
+
+@triton.jit
+def best_of(a, b, NVIDIA: tl.constexpr, FP64: tl.constexpr):
+    """The len(a) best of two descending tuples, len(b) <= len(a), in no order: the first step of a bitonic merge."""
+    kept = a[: len(a) - len(b)]
+    for i in tl.static_range(len(b)):
+        kept = kept + (exchange(a[len(a) - len(b) + i], b[len(b) - 1 - i], NVIDIA, FP64)[0],)
+    return kept

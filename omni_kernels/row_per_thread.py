@@ -19,7 +19,7 @@ import triton.language as tl
 
 from .configs import device_of, interpreting, kernel_input, output_dtype
 from .keys import INDEX_BITS, pack, pack_wide, unpack, unpack_wide
-from .networks import merge, sort
+from .networks import best_of, merge, sort
 from .words import allocate_rows, copy_rows, load_shared, load_value, store_row, unpack_word, wait_for_rows
 
 MAX_EXPERTS_PER_TOKEN = 32  # more would not fit in a thread's registers
@@ -69,13 +69,43 @@ def _staged_maxima(row, DTYPE: tl.constexpr, TILE_N: tl.constexpr, CHUNK: tl.con
 
 
 @triton.jit
-def _staged_values(row, OFFSET: tl.constexpr, DTYPE: tl.constexpr, BYTES: tl.constexpr):
-    """BYTES (4, 8 or 16) of logits in shared memory, as fp32."""
+def _keys_of_word(word, reversed_columns):
+    """The keys of the two bf16 logits in a word; both arguments hold two halves, the lower column in the lower.
+
+    `pack` two at a time: the product turns -0.0 into 0.0 and every NaN into one, the first permutation spreads the
+    signs, whose magnitude bits are then flipped, and the others put a column below each half.
+    """
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 one, zero, value, sign;
+        mov.b32 one, 0x3F803F80;
+        mov.b32 zero, 0;
+        fma.rn.bf16x2 value, $2, one, zero;
+        prmt.b32 sign, value, value, 0xBB99;
+        and.b32 sign, sign, 0x7FFF7FFF;
+        xor.b32 value, value, sign;
+        prmt.b32 $0, value, $3, 0x1054;
+        prmt.b32 $1, value, $3, 0x3276;
+        }""",
+        "=&r,=&r,r,r", [word, reversed_columns], (tl.int32, tl.int32), True, 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _staged_keys(row, OFFSET: tl.constexpr, column, DTYPE: tl.constexpr, BYTES: tl.constexpr, INDEX_BITS: tl.constexpr,
+                 FP64: tl.constexpr):  # fmt: skip
+    """The keys of BYTES (4, 8 or 16) of logits in shared memory, whose first is in `column`."""
     words = load_shared(row, OFFSET, BYTES // 4)
-    values = ()
-    for i in tl.static_range(len(words)):
-        values = values + unpack_word(words[i], DTYPE)
-    return values
+    keys = ()
+    if DTYPE == tl.bfloat16:
+        reversed_columns = (0xFFFF - (tl.zeros_like(row) + column)) * 0x10001 - 0x10000
+        for i in tl.static_range(len(words)):
+            keys = keys + _keys_of_word(words[i], reversed_columns - 0x20002 * i)
+    else:
+        for i in tl.static_range(len(words)):
+            values = unpack_word(words[i], DTYPE)
+            keys = keys + _keys(values, column + i * len(values), INDEX_BITS, True, FP64)
+    return keys
 
 
 @triton.jit
@@ -105,15 +135,17 @@ def _candidates_of_tile(row, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K: tl.co
     keys = ()
     if CHUNK == 1:
         for start in tl.static_range(0, TILE_N * BYTES, VECTOR):
-            values = _staged_values(row, start, DTYPE, VECTOR)
-            keys = keys + _keys(values, start // BYTES, INDEX_BITS, True, FP64)
+            keys = keys + _staged_keys(row, start, start // BYTES, DTYPE, VECTOR, INDEX_BITS, FP64)
     else:
         maxima = _staged_maxima(row, DTYPE, TILE_N, CHUNK, VECTOR)
-        chunks = _best_of_groups(_keys(maxima, 0, INDEX_BITS, True, FP64), K, GROUP, True, FP64)
+        maxima = _keys(maxima, 0, INDEX_BITS, True, FP64)
+        LAST: tl.constexpr = (len(maxima) - 1) // GROUP * GROUP
+        chunks = sort(maxima[LAST:], True, FP64)[:K]
+        if LAST > 0:  # their order does not matter
+            chunks = best_of(_best_of_groups(maxima[:LAST], K, GROUP, True, FP64), chunks, True, FP64)
         for i in tl.static_range(len(chunks)):
             start = unpack(chunks[i], INDEX_BITS, FP64)[1] * CHUNK
-            values = _staged_values(row + start * BYTES, 0, DTYPE, CHUNK * BYTES)
-            keys = keys + _keys(values, start, INDEX_BITS, True, FP64)
+            keys = keys + _staged_keys(row + start * BYTES, 0, start, DTYPE, CHUNK * BYTES, INDEX_BITS, FP64)
     return keys
 
 

@@ -136,7 +136,7 @@ def compute(name, a):
         return a[0]  # the thread is alone: it meets itself
     if op == "cvt":
         return convert(name, a)
-    if (op in ("add", "setp") and kind[0] == "f") or (op == "max" and "NaN" in name):
+    if op == "fma" or (op in ("add", "setp") and kind[0] == "f") or "NaN" in name:
         return compute_float(name, a)
     if op == "setp":
         left, right = map(number, a)
@@ -145,8 +145,10 @@ def compute(name, a):
     if op in ("mul", "mad") and name[1] == "wide":
         return number(a[0]) * number(a[1]) + (a[2] if op == "mad" else 0) & (1 << 64) - 1
     if op == "prmt":
-        source = (a[0] | a[1] << 32).to_bytes(8, "little")
-        return sum(source[a[2] >> 4 * i & 7] << 8 * i for i in range(4))
+        source = struct.pack("<II", a[0] & 0xFFFFFFFF, a[1] & 0xFFFFFFFF)
+        selectors = [a[2] >> 4 * i & 15 for i in range(4)]
+        chosen = [source[n & 7] if n < 8 else 255 * (source[n & 7] >> 7) for n in selectors]  # 8: the sign, spread
+        return int.from_bytes(bytes(chosen), "little")
     return mask & {
         "add": lambda: a[0] + a[1], "sub": lambda: a[0] - a[1], "mul": lambda: a[0] * a[1],
         "mad": lambda: a[0] * a[1] + a[2], "neg": lambda: -a[0], "and": lambda: a[0] & a[1], "or": lambda: a[0] | a[1],
@@ -161,9 +163,11 @@ def compute(name, a):
 def compute_float(name, a):
     kind = name[-1]
     if kind in ("bf16x2", "f16x2"):
-        halves = [compute_float(["max", "NaN", kind[:-2]], [v >> shift & 0xFFFF for v in a]) for shift in (0, 16)]
+        halves = [compute_float([*name[:-1], kind[:-2]], [v >> shift & 0xFFFF for v in a]) for shift in (0, 16)]
         return halves[0] | halves[1] << 16
-    left, right = (unpack_float(v, kind) for v in a)
+    left, right, *addend = (unpack_float(v, kind) for v in a)
+    if name[0] == "fma":
+        return pack_float(left * right + addend[0], kind)
     if name[0] == "add":
         with np.errstate(all="ignore"):
             return pack_float(np.float32(left) + np.float32(right), kind)
