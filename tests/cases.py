@@ -109,6 +109,20 @@ def layouts(logits):
     return logits.t().contiguous().t(), wide[:, 1::2], apart[1::3]
 
 
+def mixed_layouts(x, y):
+    """Pairs of views of two logits, each in another layout, and one that repeats a row."""
+    return [*zip(layouts(x), layouts(y)[::-1], strict=True), (x, y[:1].expand_as(y))]
+
+
+def far_apart_logits(device):
+    """Tokens 2³⁰ elements apart in x, columns 2³⁰ apart in y; the pages between are never touched."""
+    memory = torch.empty((1 << 31) + 8, dtype=torch.float16, device=device)
+    x, y = memory.as_strided((3, 3), (1 << 30, 1)), memory[4:].as_strided((3, 3), (1, 1 << 30))
+    for logits in (x, y):
+        logits.copy_(torch.arange(9).view(3, 3).flip(1))
+    return x, y
+
+
 @st.composite
 def factors(draw, sizes=st.integers(1, 9), max_tokens=3, dtypes=DTYPES):
     """x, y of one shape and dtype, drawn from few values, among them whatever floats hypothesis finds nasty."""

@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from cases import DTYPES, ON_GPU, adversarial_logits, assert_routes, dtype_name, factors, layouts, oracle_backward
+from cases import (
+    DTYPES,
+    ON_GPU,
+    adversarial_logits,
+    assert_routes,
+    dtype_name,
+    factors,
+    far_apart_logits,
+    layouts,
+    mixed_layouts,
+    oracle_backward,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -50,9 +61,8 @@ def test_more_experts_than_the_sorted_list_holds(device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_layout_does_not_matter(num_expert_sqrt, dtype, device):
     x, y = (part[::6] for part in adversarial_logits(num_expert_sqrt, dtype, device))
-    for view_x, view_y in zip(layouts(x), layouts(y)[::-1], strict=True):
-        assert_is_definition(view_x, view_y, 3)
-    assert_is_definition(x, y[:1].expand_as(y), 3)
+    for views in mixed_layouts(x, y):
+        assert_is_definition(*views, 3)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 17, 300])
@@ -63,12 +73,7 @@ def test_token_counts(num_tokens, device):
 
 
 def test_offsets_beyond_2_31_elements(device):
-    """Tokens 2³⁰ elements apart in x, columns 2³⁰ apart in y; the pages between are never touched."""
-    memory = torch.empty((1 << 31) + 8, dtype=FP16, device=device)
-    x, y = memory.as_strided((3, 3), (1 << 30, 1)), memory[4:].as_strided((3, 3), (1, 1 << 30))
-    for logits in (x, y):
-        logits.copy_(torch.arange(9).view(3, 3).flip(1))
-    assert_is_definition(x, y, 4)
+    assert_is_definition(*far_apart_logits(device), 4)
 
 
 def pairs(num_tokens, num_expert_sqrt, k, device):
