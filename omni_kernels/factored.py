@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from . import row_per_thread
-from .configs import device_of, get_arch, interpreting, kernel_input, output_dtype
+from .configs import device_of, interpreting, kernel_input, output_dtype
 from .keys import INDEX_BITS, LOWEST_KEY, pack, unpack
 
 MAX_EXPERTS_PER_TOKEN = 64
@@ -151,7 +151,7 @@ def factored_forward(router_logits_x, router_logits_y, num_experts_per_token):
     num_tokens, num_expert_sqrt = router_logits_x.shape
     k, dtype, device = num_experts_per_token, router_logits_x.dtype, router_logits_x.device
     fits_a_thread = k <= row_per_thread.MAX_EXPERTS_PER_TOKEN and num_expert_sqrt <= row_per_thread.MAX_EXPERT_SQRT
-    if fits_a_thread and (interpreting() or get_arch(device).startswith("cuda")):
+    if fits_a_thread and row_per_thread.runs_on(device):
         return row_per_thread.row_per_thread_forward(router_logits_x, router_logits_y, k)
     x, y = kernel_input(router_logits_x), kernel_input(router_logits_y)
     scores = torch.empty((num_tokens, k), dtype=output_dtype(dtype), device=device)

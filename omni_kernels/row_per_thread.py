@@ -335,9 +335,9 @@ def row_per_thread_forward(router_logits_x, router_logits_y, num_experts_per_tok
     """Scores and indices of the k best experts; results as `reference.factored_router`, bit for bit.
 
     Args:
-        router_logits_x, router_logits_y: (num_tokens, N), fp32, fp16 or bf16, on an NVIDIA GPU (or on the CPU under
-            Triton's interpreter), at least one token, N at most MAX_EXPERT_SQRT. Any strides, but rows that are not
-            contiguous, 4-byte aligned and a multiple of a tile long are read one logit at a time.
+        router_logits_x, router_logits_y: (num_tokens, N), fp32, fp16 or bf16, on an NVIDIA GPU from Ampere on (or on
+            the CPU under Triton's interpreter), at least one token, N at most MAX_EXPERT_SQRT. Any strides, but rows
+            that are not contiguous, 4-byte aligned and a multiple of a tile long are read one logit at a time.
         num_experts_per_token: k, from 1 to MAX_EXPERTS_PER_TOKEN.
 
     Returns:
@@ -358,6 +358,13 @@ def row_per_thread_forward(router_logits_x, router_logits_y, num_experts_per_tok
             STAGED=tile_n > 0, NVIDIA=not interpreting(), FP64=_compares_doubles(device), num_warps=1,
         )  # fmt: skip
     return scores.to(dtype), indices
+
+
+@functools.cache
+def runs_on(device):
+    """Whether this kernel runs on a device: NVIDIA GPUs from Ampere on, and in the interpreter, which needs no PTX."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return interpreting() or (nvidia and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 @functools.cache
