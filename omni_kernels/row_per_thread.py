@@ -223,7 +223,7 @@ def _staircase(sums_x, rows, sums_y, columns, FIRST: tl.constexpr, LAST: tl.cons
         return keys
     else:
         # The rows shorten like K / rank, so halving their count where the ranks double keeps the merges even.
-        MIDDLE: tl.constexpr = min(2 * FIRST + 1, (FIRST + LAST) // 2) if 2 * FIRST + 1 >= LAST else 2 * FIRST + 1
+        MIDDLE: tl.constexpr = 2 * FIRST + 1 if 2 * FIRST + 1 < LAST else (FIRST + LAST) // 2
         first = _staircase(sums_x, rows, sums_y, columns, FIRST, MIDDLE, K, NVIDIA, FP64)
         rest = _staircase(sums_x, rows, sums_y, columns, MIDDLE, LAST, K, NVIDIA, FP64)
         return merge(first, rest, len(first), NVIDIA, FP64)[:K]
