@@ -191,9 +191,8 @@ def _top_of_strided_row(row_ptrs, stride_n, NUM_COLUMNS: tl.constexpr, K: tl.con
     TAIL: tl.constexpr = (NUM_COLUMNS - FIRST) % GROUP
     best = _strided_group(row_ptrs, 0, stride_n, FIRST, INDEX_BITS, NVIDIA, FP64)[:K]
     for start in tl.range(GROUP, NUM_COLUMNS - TAIL, GROUP):
-        best = merge(best, _strided_group(row_ptrs, start, stride_n, GROUP, INDEX_BITS, NVIDIA, FP64), K, NVIDIA, FP64)[
-            :K
-        ]
+        more = _strided_group(row_ptrs, start, stride_n, GROUP, INDEX_BITS, NVIDIA, FP64)
+        best = merge(best, more, K, NVIDIA, FP64)[:K]
     if TAIL > 0:
         tail = _strided_group(row_ptrs, NUM_COLUMNS - TAIL, stride_n, TAIL, INDEX_BITS, NVIDIA, FP64)
         best = merge(best, tail, K, NVIDIA, FP64)[:K]
@@ -254,13 +253,13 @@ def row_per_thread_kernel(
     num_tokens,
     NUM_EXPERT_SQRT: tl.constexpr, K: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr,
-    INDEX_BITS: tl.constexpr, ROW_BITS: tl.constexpr, STAGED: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr,
+    INDEX_BITS: tl.constexpr, ROW_BITS: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr,
 ):  # fmt: skip
     RANKS: tl.constexpr = min(K, NUM_EXPERT_SQRT)
     tokens = tl.program_id(0).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
     read = tl.minimum(tokens, num_tokens - 1)  # threads past the end route the last token again, and store nothing
     x_ptrs, y_ptrs = x_ptr + read * stride_xm, y_ptr + read * stride_ym
-    if STAGED:
+    if TILE_N > 0:
         DTYPE: tl.constexpr = x_ptr.dtype.element_ty
         BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
         PITCH: tl.constexpr = (TILE_N * BYTES // VECTOR + 1 - TILE_N * BYTES // VECTOR % 2) * VECTOR
@@ -269,8 +268,7 @@ def row_per_thread_kernel(
         buffer = row - thread % 32 * PITCH
         first_token = tokens - thread % 32
         TILES: tl.constexpr = NUM_EXPERT_SQRT // TILE_N
-        x_bytes = x_ptr.to(tl.int64)
-        copy_rows(buffer, x_bytes, first_token, num_tokens - 1, stride_xm, BYTES, TILE_N, VECTOR, PITCH)
+        copy_rows(buffer, x_ptr.to(tl.int64), first_token, num_tokens - 1, stride_xm, BYTES, TILE_N, VECTOR, PITCH)
         best_x, best_y = _lowest(thread, RANKS, INDEX_BITS, FP64), _lowest(thread, RANKS, INDEX_BITS, FP64)
         for step in tl.range(2 * TILES):
             column = step % TILES * TILE_N
@@ -355,7 +353,7 @@ def row_per_thread_forward(router_logits_x, router_logits_y, num_experts_per_tok
             NUM_EXPERT_SQRT=num_expert_sqrt, K=k, TILE_M=32, TILE_N=tile_n,
             GROUP=max(8, triton.next_power_of_2(min(k, num_expert_sqrt))), CHUNK=chunk, VECTOR=vector,
             INDEX_BITS=INDEX_BITS[x.dtype], ROW_BITS=MAX_EXPERT_SQRT.bit_length() - 1,
-            STAGED=tile_n > 0, NVIDIA=not interpreting(), FP64=_compares_doubles(device), num_warps=1,
+            NVIDIA=not interpreting(), FP64=_compares_doubles(device), num_warps=1,
         )  # fmt: skip
     return scores.to(dtype), indices
 
@@ -369,8 +367,12 @@ def runs_on(device):
 
 @functools.cache
 def _compares_doubles(device):
-    """Whether this GPU compares doubles as fast as integers: those for data centers do."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) in ((8, 0), (9, 0), (10, 0))
+    """Whether this GPU compares doubles as fast as integers: those for data centers do. The interpreter never does."""
+    return (
+        not interpreting()
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device) in ((8, 0), (9, 0), (10, 0))
+    )
 
 
 def _tiling(x, y, k):

@@ -49,7 +49,6 @@ KERNELS = {
         "VECTOR": 16,
         "INDEX_BITS": {"bf16": 16, "fp32": 32},
         "ROW_BITS": 13,
-        "STAGED": True,
         "NVIDIA": True,
         "FP64": True,
     },

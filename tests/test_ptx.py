@@ -36,7 +36,7 @@ def compile_case(dtype, num_expert_sqrt, k, tile_n, chunk, fp64):
     constexprs = {
         "stride_xn": 1, "stride_yn": 1, "NUM_EXPERT_SQRT": num_expert_sqrt, "K": k, "TILE_M": 32, "TILE_N": tile_n,
         "GROUP": max(8, triton.next_power_of_2(k)), "CHUNK": chunk, "VECTOR": 16,
-        "INDEX_BITS": INDEX_BITS[TYPES[dtype]], "ROW_BITS": 13, "STAGED": tile_n > 0, "NVIDIA": True, "FP64": fp64,
+        "INDEX_BITS": INDEX_BITS[TYPES[dtype]], "ROW_BITS": 13, "NVIDIA": True, "FP64": fp64,
     }  # fmt: skip
     types = {"indices_ptr": "*i32"} | dict.fromkeys(("x_ptr", "y_ptr", "scores_ptr"), f"*{dtype}")
     names = row_per_thread_kernel.arg_names
