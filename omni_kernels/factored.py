@@ -156,7 +156,7 @@ def factored_forward(router_logits_x, router_logits_y, num_experts_per_token):
     x, y = kernel_input(router_logits_x), kernel_input(router_logits_y)
     scores = torch.empty((num_tokens, k), dtype=output_dtype(dtype), device=device)
     indices = torch.empty((num_tokens, k), dtype=torch.int32, device=device)
-    tile_k = triton.next_power_of_2(k)
+    tile_k = max(2, triton.next_power_of_2(k))  # Triton 3.6 has no tl.topk of one
     tile_n = min(MAX_TILE, max(tile_k, triton.next_power_of_2(num_expert_sqrt)))
     index_bits = INDEX_BITS[x.dtype] if num_expert_sqrt + tile_n <= 1 << INDEX_BITS[x.dtype] else 32
     num_candidates = max(tile_k, triton.next_power_of_2(sum(k // rank for rank in range(1, k + 1))))

@@ -417,6 +417,15 @@ def assert_routes_like_factored(x, y, k, scores, indices):
     assert (indices.sort(1).values.diff(dim=1) > 0).all()
 
 
+@pytest.fixture
+def whole_gpu():
+    """What a test took of the GPU's memory, the next one finds free, in whatever process it runs."""
+    yield
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.xdist_group("large")  # one after the other: together they would not fit in memory
+@pytest.mark.usefixtures("whole_gpu")
 @ROUTERS
 @pytest.mark.parametrize("axis", [0, 1])
 def test_strides_beyond_int32(router, axis, device):
@@ -437,12 +446,12 @@ def gpu_memory():
 LARGE = [(omni_router, 1), (omni_router, 64), (original, 1), (optimized, 1)]
 
 
-@pytest.mark.xdist_group("large")  # one after the other: together they would not fit in memory
+@pytest.mark.xdist_group("large")
+@pytest.mark.usefixtures("whole_gpu")
 @pytest.mark.skipif(gpu_memory() < 60 << 30, reason="needs a GPU with 60 GiB")
 @pytest.mark.parametrize(("router", "k"), LARGE, ids=lambda part: getattr(part, "__name__", str(part)))
 def test_more_than_two_to_the_31_elements(router, k):
     """Logits and gradients, and with k = 64 scores and indices too, end beyond 2³¹."""
-    torch.cuda.empty_cache()
     num_tokens = (1 << 25) + 3
     x = torch.randn(num_tokens, 64, dtype=BF16, device="cuda").requires_grad_()
     y = torch.randn(num_tokens, 64, dtype=BF16, device="cuda")

@@ -1,0 +1,74 @@
+"""Measured tables: a CSV file for each table and GPU, figures/data/<gpu>/<table>.csv, whose rows say what they are of.
+
+The committed tables are the recorded ones. A run adds its own rows beside the executed notebooks, or with
+`study.py --update` to the recorded ones; reading sees both.
+"""
+
+import datetime
+import functools
+import hashlib
+import os
+import pathlib
+import re
+import subprocess
+
+import pandas as pd
+import torch
+import triton
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+RECORDED = REPOSITORY / "figures" / "data"
+DATA = pathlib.Path(os.environ.get("OMNI_FIGURES", REPOSITORY / "study-output" / "figures")) / "data"
+SETTING = ["gpu", "torch", "triton", "source"]  # rows that agree in these were measured on the same thing
+
+
+@functools.cache
+def setting():
+    """What a row is measured on: the GPU, the versions, a hash of the package's source, its commit, and the date."""
+    source = hashlib.sha256()
+    for path in sorted((REPOSITORY / "omni_kernels").glob("*.py")):
+        source.update(path.read_bytes())
+    command = ["git", "-C", str(REPOSITORY), "rev-parse", "--short=12", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = os.environ.get("OMNI_COMMIT", "unknown")  # a copy without its history
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "source": source.hexdigest()[:12],
+        "commit": commit,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def read(table):
+    """All rows of a table, of every GPU, those of this run last. An empty table where nobody measured."""
+    folders = dict.fromkeys([RECORDED, DATA])
+    paths = [path for folder in folders for path in sorted(folder.glob(f"*/{table}.csv"))]
+    return pd.concat([pd.read_csv(path) for path in paths], ignore_index=True) if paths else pd.DataFrame()
+
+
+def measured_here(table):
+    """The rows of a table that were measured on this GPU, with these versions, from this source."""
+    rows = read(table)
+    for column in SETTING if len(rows) else ():
+        rows = rows[rows[column].astype(str) == setting()[column]]
+    return rows
+
+
+def append(table, rows):
+    """Add rows (dictionaries) to this run's table of this GPU. The file is replaced whole, so a fault loses nothing.
+
+    Raises:
+        OSError: the folder cannot be written to; the message names it.
+    """
+    gpu = re.sub(r"[^a-z0-9]+", "-", setting()["gpu"].lower()).strip("-")
+    path = DATA / gpu / f"{table}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = pd.DataFrame([{**row, **setting()} for row in rows])
+    whole = pd.concat([pd.read_csv(path), new], ignore_index=True) if path.exists() else new
+    partial = path.with_suffix(".partial")
+    whole.to_csv(partial, index=False)
+    partial.replace(path)
