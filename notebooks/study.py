@@ -1,7 +1,10 @@
 """Runs the study: executes the notebooks in order and keeps each executed copy, with the figures beside it.
 
 python notebooks/study.py             writes to study-output/; committed notebooks and figures stay as they are
-python notebooks/study.py --update    writes over the committed notebooks and figures
+python notebooks/study.py 03          runs only the notebooks whose names start so
+python notebooks/study.py --again     measures again what this GPU has measured before
+python notebooks/study.py --update    writes over the committed notebooks and figures, and README's results
+python notebooks/study.py --readme    runs nothing, only fills README's results from the recorded tables
 """
 
 import argparse
@@ -47,12 +50,23 @@ def execute(path, destination):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--update", action="store_true", help="write over the committed notebooks and figures")
-    update = parser.parse_args().update
-    copies, figures = (NOTEBOOKS, REPOSITORY / "figures") if update else (OUTPUT, OUTPUT / "figures")
+    parser.add_argument("names", nargs="*", help="what the names of the notebooks to run start with")
+    parser.add_argument("--again", action="store_true", help="measure again what this GPU has measured before")
+    parser.add_argument("--update", action="store_true", help="write over what is committed")
+    parser.add_argument("--readme", action="store_true", help="only fill README's results from the recorded tables")
+    options = parser.parse_args()
+    paths = [p for p in sorted(NOTEBOOKS.glob("*.ipynb")) if p.name.startswith(tuple(options.names or [""]))]
+    if not paths:
+        parser.error(f"no notebook's name starts with {' or '.join(options.names)}")
+    committed = NOTEBOOKS, REPOSITORY / "figures"
+    copies, figures = committed if options.update or options.readme else (OUTPUT, OUTPUT / "figures")
     os.environ["OMNI_FIGURES"] = str(figures)  # the notebooks' kernels inherit it
+    if options.readme:
+        return fill_readme()
+    if options.again:
+        os.environ["OMNI_AGAIN"] = "1"
     OUTPUT.mkdir(exist_ok=True)
-    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+    for path in paths:
         try:
             execute(path, copies / path.name)
         except nbclient.exceptions.CellExecutionError as error:
@@ -60,7 +74,15 @@ def main():
         except KeyboardInterrupt:
             logging.disable()  # nothing more about the cell that was cut short
             sys.exit(f"\nStopped in {path.name}; what ran is in {OUTPUT / path.name}")
+    if options.update:
+        fill_readme()
     print(f"The executed notebooks are in {copies}, their figures in {figures}")
+
+
+def fill_readme():
+    import speed_study  # here, since it reads where the tables are when it is imported
+
+    speed_study.fill_readme()
 
 
 if __name__ == "__main__":

@@ -58,14 +58,16 @@ def measured_here(table):
     return rows
 
 
-def append(table, rows):
+def append(table, rows, folder=None):
     """Add rows (dictionaries) to this run's table of this GPU. The file is replaced whole, so a fault loses nothing.
+
+    `folder` takes the place of the GPU's where no GPU made the rows.
 
     Raises:
         OSError: the folder cannot be written to; the message names it.
     """
     gpu = re.sub(r"[^a-z0-9]+", "-", setting()["gpu"].lower()).strip("-")
-    path = DATA / gpu / f"{table}.csv"
+    path = DATA / (folder or gpu) / f"{table}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     new = pd.DataFrame([{**row, **setting()} for row in rows])
     whole = pd.concat([pd.read_csv(path), new], ignore_index=True) if path.exists() else new

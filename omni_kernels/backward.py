@@ -4,22 +4,180 @@ Selected pair r of a token adds grad_scores[t, r] to grad_x[t, row] and to grad_
 may share a row, which is why the obvious kernel uses atomics and gives other bits on every run. Here one program owns
 its tokens, so nothing needs them:
 
-- many columns (N > k): each pair looks through its token's k pairs and sums those of its own row, in slot order. Pairs
+- on NVIDIA GPUs: the output rows of a warp's tokens stand in shared memory, in fp32. One lane owns a row and adds the
+  token's slots to it; then the warp rounds the rows and streams them out, each byte written once.
+- elsewhere, many columns (N > k): each pair looks through its token's k pairs and sums those of its own row. Pairs
   that share a row find the same sum. The program stores zeros over its output rows, waits, and stores the sums:
   duplicates write equal bits, so the order of the stores cannot matter.
-- few columns (N <= k): the output row is summed in registers, slot by slot, and stored once.
+- elsewhere, few columns (N <= k): the output row is summed in registers, slot by slot, and stored once.
 
-Both add in slot order, starting from zero, so both give the bits of the sequential loop they stand for.
+All add in slot order, starting from zero, so all give the bits of the sequential loop they stand for.
+
+Triton has no addressed access to shared memory, so the first kernel brings the PTX instructions it needs.
 """
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
-from .configs import device_of, kernel_input, output_dtype
+from .configs import device_of, interpreting, kernel_input, output_dtype
 
+ROW_WORDS = 4096  # sums a warp holds in shared memory at once, of both factors: 16 KiB let 13 warps share an SM
+MAX_TILE_M = 16  # tokens of a warp: a lane for each of their rows
+MAX_TILE_K = 64  # slots of a token staged at once
 SCATTER_TILES = {"TILE_M": 32, "TILE_K": 16, "TILE_N": 128}
 DENSE_TILES = {"TILE_M": 32, "TILE_N": 64}
+
+
+@triton.jit
+def _allocate(like, BYTES: tl.constexpr):
+    """Shared memory for this program: its address, a scalar if `like` is one."""
+    return tl.inline_asm_elementwise(
+        f"{{ .shared .align 16 .b8 rows[{BYTES}]; mov.u32 $0, rows; }}", "=r,r", [like], tl.int32, False, 1
+    )
+
+
+@triton.jit
+def _sync_warp(like):
+    """What any lane of the warp stored in shared memory is visible to all."""
+    tl.inline_asm_elementwise("bar.warp.sync 0xffffffff; mov.u32 $0, 0;", "=r,r", [like], tl.int32, False, 1)
+
+
+@triton.jit
+def _store_word(address, word):
+    tl.inline_asm_elementwise("st.shared.b32 [$1], $2; mov.u32 $0, 0;", "=r,r,r", [address, word], tl.int32, False, 1)
+
+
+@triton.jit
+def _store_zeros(address, OFFSET: tl.constexpr):
+    """16 zero bytes at address + OFFSET."""
+    tl.inline_asm_elementwise(
+        f"{{ .reg .b32 zero; mov.b32 zero, 0; st.shared.v4.b32 [$1+{OFFSET}], {{zero, zero, zero, zero}};"
+        " mov.u32 $0, 0; }",
+        "=r,r", [address], tl.int32, False, 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _load_words(address, OFFSET: tl.constexpr):
+    """A tuple of the 4 words at address + OFFSET, as fp32 numbers."""
+    return tl.inline_asm_elementwise(
+        f"ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4+{OFFSET}];", "=f,=f,=f,=f,r", [address],
+        (tl.float32, tl.float32, tl.float32, tl.float32), False, 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _add_in_order(addresses, values, masks):
+    """Four lane-wise `memory[address] += value`, fp32, one after the other, at addresses no other lane touches.
+
+    All four are read at once. Where an address comes up again, the sum just made takes the place of what was read.
+    """
+    before, sums = (), ()
+    for i in tl.static_range(4):
+        word = tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.f32 $0, 0f00000000; @p ld.shared.f32 $0, [$1]; }",
+            "=&f,r,r", [addresses[i], masks[i].to(tl.int32)], tl.float32, False, 1,
+        )  # fmt: skip
+        before = before + (word,)
+    for i in tl.static_range(4):
+        total = before[i]
+        for j in tl.static_range(i):
+            total = tl.where(addresses[i] == addresses[j], sums[j], total)
+        sums = sums + (total + values[i],)
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.shared.f32 [$1], $2; mov.u32 $0, 0; }",
+            "=r,r,f,r", [addresses[i], sums[i], masks[i].to(tl.int32)], tl.int32, False, 1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store_sums(pointer, OFFSET: tl.constexpr, sums, mask, DTYPE: tl.constexpr):
+    """Store a tuple of 4 fp32 sums, rounded to DTYPE, at pointer (an integer) + OFFSET elements."""
+    START: tl.constexpr = OFFSET * (DTYPE.primitive_bitwidth // 8)
+    if DTYPE == tl.float32:
+        tl.inline_asm_elementwise(
+            f"{{ .reg .pred p; setp.ne.s32 p, $6, 0; @p st.global.v4.f32 [$1+{START}], {{$2, $3, $4, $5}};"
+            " mov.u32 $0, 0; }",
+            "=r,l,f,f,f,f,r", [pointer, sums[0], sums[1], sums[2], sums[3], mask.to(tl.int32)], tl.int32, False, 1,
+        )  # fmt: skip
+    else:
+        PAIR: tl.constexpr = "bf16x2" if DTYPE == tl.bfloat16 else "f16x2"
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; .reg .b32 low, high; setp.ne.s32 p, $6, 0;"
+            f" cvt.rn.{PAIR}.f32 low, $3, $2; cvt.rn.{PAIR}.f32 high, $5, $4;"
+            f" @p st.global.v2.b32 [$1+{START}], {{low, high}}; mov.u32 $0, 0; }}",
+            "=r,l,f,f,f,f,r", [pointer, sums[0], sums[1], sums[2], sums[3], mask.to(tl.int32)], tl.int32, False, 1,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def shared_kernel(
+    grad_ptr, indices_ptr, grad_x_ptr, grad_y_ptr,
+    stride_gm, stride_gk,
+    num_tokens, num_experts_per_token,
+    NUM_EXPERT_SQRT: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr, TILE_N: tl.constexpr,
+):  # fmt: skip
+    """One warp sums TILE_M rows of each factor, TILE_N columns of them: whole rows, or TILE_M is 1."""
+    NUM_PIECES: tl.constexpr = (NUM_EXPERT_SQRT + TILE_N - 1) // TILE_N
+    lane = tl.arange(0, 32)
+    first_token = (tl.program_id(0) // NUM_PIECES).to(tl.int64) * TILE_M
+    first_column = tl.program_id(0) % NUM_PIECES * TILE_N
+    num_rows = tl.minimum(num_tokens - first_token, TILE_M).to(tl.int32)
+
+    # In shared memory: the rows of x, those of y; then of each token's slots the gradient, and the bytes to the row
+    # and to the column. Tokens are an odd number of vectors apart, so that lanes that read down them do not collide.
+    ROWS: tl.constexpr = TILE_M * TILE_N * 4
+    SLOTS: tl.constexpr = (2 * ROWS + 511) // 512 * 512
+    PITCH: tl.constexpr = (TILE_K + 4) * 4
+    buffer = _allocate(num_rows, SLOTS + 3 * TILE_M * PITCH)
+
+    # A lane adds to one row: lane r to row r of x, lane TILE_M + r to row r of y.
+    own_row = buffer + lane * (TILE_N * 4)
+    own_grad = buffer + SLOTS + lane % TILE_M * PITCH
+    own_offsets = own_grad + tl.where(lane < TILE_M, TILE_M, 2 * TILE_M) * PITCH
+    rows = tl.arange(0, TILE_M)[:, None]
+    slots = tl.arange(0, TILE_K)[None, :]
+    place = buffer + SLOTS + rows * PITCH + slots * 4
+    grad_ptrs = grad_ptr + (first_token + rows) * stride_gm + slots.to(tl.int64) * stride_gk
+    indices_ptrs = indices_ptr + (first_token + rows) * num_experts_per_token + slots
+    mask = (rows < num_rows) & (slots < num_experts_per_token)
+    grad, experts = tl.load(grad_ptrs, mask=mask, other=0.0), tl.load(indices_ptrs, mask=mask, other=0)
+    for step in tl.static_range(SLOTS // 512):
+        _store_zeros(buffer + lane * 16, step * 512)
+    for start in range(TILE_K, num_experts_per_token + TILE_K, TILE_K):
+        _sync_warp(lane)  # the slots before these have been added
+        _store_word(place, grad.to(tl.float32).to(tl.int32, bitcast=True))
+        _store_word(place + TILE_M * PITCH, (experts // NUM_EXPERT_SQRT - first_column) * 4)
+        _store_word(place + 2 * TILE_M * PITCH, (experts % NUM_EXPERT_SQRT - first_column) * 4)
+        _sync_warp(lane)
+        mask = (rows < num_rows) & (start + slots < num_experts_per_token)
+        grad = tl.load(grad_ptrs + start.to(tl.int64) * stride_gk, mask=mask, other=0.0)  # while these are added
+        experts = tl.load(indices_ptrs + start, mask=mask, other=0)
+        for step in tl.static_range(0, TILE_K, 4):
+            offsets, values = _load_words(own_offsets, step * 4), _load_words(own_grad, step * 4)
+            addresses, masks = (), ()
+            for i in tl.static_range(4):
+                offset = offsets[i].to(tl.int32, bitcast=True)
+                mine = lane < 2 * TILE_M
+                if TILE_N < NUM_EXPERT_SQRT:
+                    mine = mine & (offset >= 0) & (offset < TILE_N * 4)
+                addresses, masks = addresses + (own_row + offset,), masks + (mine,)
+            _add_in_order(addresses, values, masks)
+    _sync_warp(lane)
+
+    # Rows of neighbouring tokens are neighbours in memory too, so a tile of whole rows is one piece.
+    start = first_token * NUM_EXPERT_SQRT + first_column
+    end = tl.minimum(num_rows * TILE_N, num_rows * NUM_EXPERT_SQRT - first_column)
+    DTYPE: tl.constexpr = grad_x_ptr.dtype.element_ty
+    x_out = (grad_x_ptr + start).to(tl.int64) + lane * 4 * (DTYPE.primitive_bitwidth // 8)
+    y_out = (grad_y_ptr + start).to(tl.int64) + lane * 4 * (DTYPE.primitive_bitwidth // 8)
+    for first in tl.static_range(0, TILE_M * TILE_N, 128):
+        mask = first + lane * 4 < end
+        _store_sums(x_out, first, _load_words(buffer + lane * 16, first * 4), mask, DTYPE)
+        _store_sums(y_out, first, _load_words(buffer + lane * 16, ROWS + first * 4), mask, DTYPE)
 
 
 @triton.jit
@@ -91,7 +249,7 @@ def dense_kernel(
         tl.store(grad_y_ptr + offsets, sum_y.to(grad_y_ptr.dtype.element_ty), mask=mask)
 
 
-def backward(grad_scores, indices, num_expert_sqrt):
+def backward(grad_scores, indices, num_expert_sqrt, dtype=None):
     """The gradients of both factors, from the gradient of the scores. Any k; the same bits on every run.
 
     Args:
@@ -99,17 +257,36 @@ def backward(grad_scores, indices, num_expert_sqrt):
             strides, at least one token.
         indices: (num_tokens, k), int32, contiguous, as the forward pass returned them.
         num_expert_sqrt: N.
+        dtype: of the gradients: fp32, fp16 or bf16; grad_scores' unless given.
 
     Returns:
-        grad_x, grad_y: (num_tokens, N), in grad_scores' dtype, accumulated in fp32 and rounded once.
+        grad_x, grad_y: (num_tokens, N), accumulated in fp32 and rounded once.
     """
     num_tokens, k = grad_scores.shape
-    shape, dtype = (num_tokens, num_expert_sqrt), grad_scores.dtype
+    shape, dtype = (num_tokens, num_expert_sqrt), dtype or grad_scores.dtype
     grad = kernel_input(grad_scores)
     grad_x, grad_y = (torch.empty(shape, dtype=output_dtype(dtype), device=grad.device) for _ in range(2))
-    kernel, tiles = (scatter_kernel, SCATTER_TILES) if num_expert_sqrt > k else (dense_kernel, DENSE_TILES)
+    tensors = grad, indices, grad_x, grad_y, *grad.stride(), num_tokens
     with device_of(grad):
-        kernel[(triton.cdiv(num_tokens, tiles["TILE_M"]),)](
-            grad, indices, grad_x, grad_y, *grad.stride(), num_tokens, num_expert_sqrt, k, **tiles
-        )
+        if _runs_ptx(grad.device) and num_expert_sqrt % 4 == 0:  # rows of whole vectors
+            tiles = shared_tiles(num_expert_sqrt, k)
+            num_programs = triton.cdiv(num_tokens, tiles["TILE_M"]) * triton.cdiv(num_expert_sqrt, tiles["TILE_N"])
+            shared_kernel[(num_programs,)](*tensors, k, NUM_EXPERT_SQRT=num_expert_sqrt, **tiles, num_warps=1)
+        else:
+            kernel, tiles = (scatter_kernel, SCATTER_TILES) if num_expert_sqrt > k else (dense_kernel, DENSE_TILES)
+            kernel[(triton.cdiv(num_tokens, tiles["TILE_M"]),)](*tensors, num_expert_sqrt, k, **tiles)
     return grad_x.to(dtype), grad_y.to(dtype)
+
+
+def shared_tiles(num_expert_sqrt, k):
+    """The tiles of shared_kernel: as many whole rows as fit, or a piece of one."""
+    tile_m = min(max(ROW_WORDS // (2 * triton.next_power_of_2(num_expert_sqrt)), 1), MAX_TILE_M)
+    tile_k = min(max(triton.next_power_of_2(k), 4, 32 // tile_m), MAX_TILE_K)  # no slot is staged by two lanes
+    return {"TILE_M": tile_m, "TILE_K": tile_k, "TILE_N": min(num_expert_sqrt, ROW_WORDS // 2)}
+
+
+@functools.cache
+def _runs_ptx(device):
+    """Whether shared_kernel runs on a device: NVIDIA GPUs from Ampere on."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and not interpreting() and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -1,16 +1,25 @@
 """What a launch depends on besides the problem: the device, the search space of each kernel, and how it is tuned."""
 
+import concurrent.futures
 import contextlib
 import functools
 import itertools
+import os
 
 import torch
 import triton
 import triton.testing
 
 # The tiles a kernel type is tuned over. A search space below lists a value set for each, then warps, then stages.
-TILES = {"fwd": ("TILE_M",), "fwd_split": ("TILE_M", "TILE_N"), "bwd": ("TILE_M", "TILE_K")}
+TILES = {
+    "fwd": ("TILE_M",),
+    "fwd_split": ("TILE_M", "TILE_N"),
+    "bwd": ("TILE_M", "TILE_K"),
+    "tile": ("TILE_M", "CHUNK"),
+    "lanes": ("LANES", "CHUNK"),
+}
 
+# Of the N² kernels: the original version's lists, the guide's general ones, and the guide's for two architectures.
 ORIGINAL_SPACE = {
     "fwd": ([1, 64, 128, 256], [4], [1]),
     "fwd_split": ([1], [1024, 2048, 4096, 8192, 16384], [4], [1]),
@@ -37,6 +46,15 @@ ARCH_SPACES = {
     "cuda:sm89": HOPPER_SPACE,
     "cuda:sm90": HOPPER_SPACE,
 }
+# Of the factored kernels, which follow fixed rules instead of tuning: these say what the rules choose from.
+FACTORED_SPACE = {
+    "tile": ([1, 2, 4, 8], [1, 2, 4, 8], [1, 2, 4], [1]),
+    "lanes": ([2, 4, 8, 16, 32], [1, 2, 4], [1], [1]),
+}
+
+SPACES = {"original": ORIGINAL_SPACE, "general": GENERAL_SPACE, "factored": FACTORED_SPACE, **ARCH_SPACES}
+
+REGISTERS = 64 * 512 if torch.version.hip else 32 * 255  # of a warp, 32 bits each
 
 
 def interpreting():
@@ -104,30 +122,31 @@ def get_arch_specific_configs(arch, kernel_type):
     Raises:
         ValueError: an unknown kernel_type.
     """
-    return _configs(ARCH_SPACES.get(arch, GENERAL_SPACE), kernel_type)
+    return get_configs(arch if arch in ARCH_SPACES else "general", kernel_type)
 
 
-def get_original_configs(kernel_type):
-    """The configurations the original version is tuned over, on every architecture.
+def get_configs(space, kernel_type):
+    """All configurations of a search space.
 
     Args:
-        kernel_type: "fwd", "fwd_split" or "bwd".
+        space: "original" (the lists the original version is tuned over), "general", an architecture with lists of its
+            own ("cuda:sm80", "cuda:sm86", "cuda:sm89", "cuda:sm90"), or "factored".
+        kernel_type: "fwd", "fwd_split" or "bwd"; in the factored space "tile" or "lanes".
 
     Returns:
         A list of triton.Config.
 
     Raises:
-        ValueError: an unknown kernel_type.
+        ValueError: an unknown space or kernel_type.
     """
-    return _configs(ORIGINAL_SPACE, kernel_type)
-
-
-def _configs(space, kernel_type):
-    if kernel_type not in TILES:
-        raise ValueError(f"kernel_type must be one of {', '.join(map(repr, TILES))}, got {kernel_type!r}")
+    if space not in SPACES:
+        raise ValueError(f"space must be one of {', '.join(map(repr, SPACES))}, got {space!r}")
+    lists = SPACES[space]
+    if kernel_type not in lists:
+        raise ValueError(f"kernel_type must be one of {', '.join(map(repr, lists))}, got {kernel_type!r}")
     return [
         triton.Config(dict(zip(TILES[kernel_type], tiles, strict=True)), num_warps=num_warps, num_stages=num_stages)
-        for *tiles, num_warps, num_stages in itertools.product(*space[kernel_type])
+        for *tiles, num_warps, num_stages in itertools.product(*lists[kernel_type])
     ]
 
 
@@ -145,35 +164,91 @@ def tuned(kernel, kernel_type, arch=None, reset_to_zero=()):
     Returns:
         What triton.autotune returns: launch it as `tuned(...)[grid](...)`, without the tiles.
     """
-    configs = get_original_configs(kernel_type) if arch is None else get_arch_specific_configs(arch, kernel_type)
+    configs = get_configs("original", kernel_type) if arch is None else get_arch_specific_configs(arch, kernel_type)
     if interpreting():
         configs = configs[-1:]  # nothing can be timed there, and the largest tiles make the fewest steps
+    trials = _Trials(kernel, kernel_type)
     return triton.autotune(
         configs,
         key=["num_expert_sqrt", "num_experts_per_token", "token_bucket"],
-        prune_configs_by={"early_config_prune": _prune},
+        prune_configs_by={"early_config_prune": trials.prune},
         reset_to_zero=list(reset_to_zero),
-        do_bench=_bench,
+        do_bench=trials.bench,
         cache_results=True,
     )(kernel)
 
 
-def _prune(configs, named_args, **_):
-    """Drop tiles that hold more than the whole problem; of each kind of tile the smallest always stays."""
-    whole = {
-        "TILE_M": named_args["token_bucket"],
-        "TILE_N": triton.next_power_of_2(named_args["num_expert_sqrt"] ** 2),
-        "TILE_K": triton.next_power_of_2(named_args["num_experts_per_token"]),
-    }
+class _Trials:
+    """The trial runs of one kernel: few, since pruned, and compiled together before the first of them."""
+
+    def __init__(self, kernel, kernel_type):
+        self.kernel, self.kernel_type, self.compile = kernel, kernel_type, lambda: None
+
+    def prune(self, configs, named_args, grid=None, warmup=False, **constants):
+        """What Triton calls to narrow the choice. Results may be on disk already, so nothing is compiled yet."""
+        sizes = (named_args[name] for name in ("token_bucket", "num_expert_sqrt", "num_experts_per_token"))
+        kept = pruned(configs, self.kernel_type, *sizes)
+        self.compile = lambda: compile_all(self.kernel, kept, list(named_args.values()), constants)
+        return kept
+
+    def bench(self, launch, quantiles):
+        """Triton's own benchmark, except that a configuration its compiler gives up on loses instead of raising."""
+        self.compile()
+        self.compile = lambda: None
+        try:
+            return triton.testing.do_bench(launch, warmup=5, rep=20, quantiles=quantiles)
+        except RuntimeError as error:
+            if "PassManager::run failed" not in str(error):
+                raise
+            return [float("inf")] * len(quantiles)
+
+
+def pruned(configs, kernel_type, token_bucket, num_expert_sqrt, num_experts_per_token):
+    """The configurations worth compiling for a problem.
+
+    Dropped are tiles that hold more than the whole problem (of each kind of tile the smallest stays), tiles that cannot
+    fit in the registers of their warps, and on NVIDIA GPUs all but the first number of stages: stages pipeline the
+    loads that feed matrix products there, and these kernels have none, so their binary is the same for any number.
+
+    Args:
+        configs: a list of triton.Config of this kernel_type.
+        kernel_type: "fwd", "fwd_split" or "bwd".
+        token_bucket, num_expert_sqrt, num_experts_per_token: the problem, as `tuned` kernels take it.
+
+    Returns:
+        A part of the list, in its order, never empty.
+    """
+    num_experts = triton.next_power_of_2(num_expert_sqrt**2)
+    whole = {"TILE_M": token_bucket, "TILE_N": num_experts, "TILE_K": triton.next_power_of_2(num_experts_per_token)}
     limits = {tile: max(whole[tile], min(c.kwargs[tile] for c in configs)) for tile in configs[0].kwargs}
-    return [c for c in configs if all(size <= limits[tile] for tile, size in c.kwargs.items())]
+    kept = [c for c in configs if all(size <= limits[tile] for tile, size in c.kwargs.items())]
+
+    def fits(config):
+        tile = {"fwd": num_experts, "fwd_split": config.kwargs.get("TILE_N")}.get(kernel_type)
+        tile = tile or config.kwargs["TILE_M"] * config.kwargs["TILE_K"]
+        return tile <= config.num_warps * REGISTERS  # a register for each of its elements, at least
+
+    kept = [c for c in kept if fits(c)] or [max(kept, key=lambda config: config.num_warps)]
+    if torch.version.hip:
+        return kept
+    first = {}
+    for config in kept:
+        first.setdefault((*config.kwargs.values(), config.num_warps), config)
+    return list(first.values())
 
 
-def _bench(launch, quantiles):
-    """Triton's own benchmark, except that a configuration its compiler gives up on loses instead of raising."""
-    try:
-        return triton.testing.do_bench(launch, quantiles=quantiles)
-    except RuntimeError as error:
-        if "PassManager::run failed" not in str(error):
-            raise
-        return [float("inf")] * len(quantiles)
+def compile_all(kernel, configs, args, constants):
+    """Compiles a kernel for every configuration, on all cores. What fails raises when it is launched, not here.
+
+    Args:
+        kernel: a triton.jit function.
+        configs: a list of triton.Config.
+        args: its positional arguments, tensors or their dtypes.
+        constants: a dictionary of its keyword arguments, without those of the configurations.
+    """
+    with (
+        concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
+        triton.AsyncCompileMode(pool, ignore_errors=True),
+    ):
+        for config in configs:
+            kernel.warmup(*args, grid=(1,), **constants, **config.all_kwargs())

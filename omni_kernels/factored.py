@@ -1,9 +1,9 @@
 """The exact factored router: the k best of each factor, then the k best of their staircase (reference.py).
 
-`factored_forward` picks the kernel. row_per_thread.py gives each token a thread, and is the faster one for many tokens
-wherever it can run. The kernel here gives TILE_M tokens to a program, whose lanes share their rows, in plain Triton.
-Packed keys (keys.py) turn each selection into `tl.topk` of integers. Of a row only the maxima of its chunks of CHUNK
-columns are sorted, then the columns of the best chunks: the k best columns lie in the k chunks with the largest maxima.
+`factored_forward` picks the kernel: on NVIDIA GPUs lanes.py for few experts a token, frontier.py for many. The kernel
+here runs wherever Triton does. It gives TILE_M tokens to a program, whose lanes share their rows. Packed keys (keys.py)
+turn each selection into `tl.topk` of integers. Of a row only the maxima of its chunks of CHUNK columns are sorted, then
+the columns of the best chunks: the k best columns lie in the k chunks with the largest maxima.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import row_per_thread
+from . import frontier, lanes, reference
 from .configs import device_of, interpreting, kernel_input, output_dtype
 from .keys import INDEX_BITS, LOWEST_KEY, pack, unpack
 
@@ -137,24 +137,30 @@ def factored_kernel(
         tl.store(indices_ptr + tokens[:, None] * K + slot, experts, mask=masked & (slot < K))
 
 
-def factored_forward(router_logits_x, router_logits_y, num_experts_per_token):
-    """Scores and indices of the k best experts; results as `reference.factored_router`, bit for bit.
+def factored_forward(router_logits_x, router_logits_y, num_experts_per_token, scores_dtype=None):
+    """Scores and indices of the k best experts, by the kernel that fits; the same as `reference.factored_router`, bit for
+    bit, which stands in where none does.
 
     Args:
         router_logits_x, router_logits_y: (num_tokens, N), fp32, fp16 or bf16, on a GPU (or on the CPU under Triton's
             interpreter), any strides, at least one token.
-        num_experts_per_token: k, from 1 to MAX_EXPERTS_PER_TOKEN.
+        num_experts_per_token: k, from 1 to N². Kernels take up to frontier.MAX_EXPERTS_PER_TOKEN on an NVIDIA GPU, up to
+            MAX_EXPERTS_PER_TOKEN elsewhere.
+        scores_dtype: fp32, fp16 or bf16; the logits' unless given.
 
     Returns:
-        scores (num_tokens, k) in the logits' dtype and indices (num_tokens, k), int32.
+        scores (num_tokens, k) in scores_dtype and indices (num_tokens, k), int32.
     """
     num_tokens, num_expert_sqrt = router_logits_x.shape
-    k, dtype, device = num_experts_per_token, router_logits_x.dtype, router_logits_x.device
-    fits_a_thread = k <= row_per_thread.MAX_EXPERTS_PER_TOKEN and num_expert_sqrt <= row_per_thread.MAX_EXPERT_SQRT
-    if fits_a_thread and row_per_thread.runs_on(device):
-        return row_per_thread.row_per_thread_forward(router_logits_x, router_logits_y, k)
+    k, device = num_experts_per_token, router_logits_x.device
+    scores_dtype = scores_dtype or router_logits_x.dtype
+    for kernel, route in ((lanes, lanes.lanes_forward), (frontier, frontier.frontier_forward)):
+        if kernel.runs_on(device, num_expert_sqrt, k):
+            return route(router_logits_x, router_logits_y, k, scores_dtype)
+    if k > MAX_EXPERTS_PER_TOKEN:
+        return reference.factored_router(router_logits_x, router_logits_y, k, scores_dtype)
     x, y = kernel_input(router_logits_x), kernel_input(router_logits_y)
-    scores = torch.empty((num_tokens, k), dtype=output_dtype(dtype), device=device)
+    scores = torch.empty((num_tokens, k), dtype=output_dtype(scores_dtype), device=device)
     indices = torch.empty((num_tokens, k), dtype=torch.int32, device=device)
     tile_k = max(2, triton.next_power_of_2(k))  # Triton 3.6 has no tl.topk of one
     tile_n = min(MAX_TILE, max(tile_k, triton.next_power_of_2(num_expert_sqrt)))
@@ -169,4 +175,4 @@ def factored_forward(router_logits_x, router_logits_y, num_experts_per_token):
             INDEX_BITS=index_bits, STREAMED=num_expert_sqrt > tile_n, NUM_CANDIDATES=num_candidates,
             SIDE=math.isqrt(k), num_warps=1,
         )  # fmt: skip
-    return scores.to(dtype), indices
+    return scores.to(scores_dtype), indices

@@ -40,6 +40,15 @@ def exchange(a, b, NVIDIA: tl.constexpr, FP64: tl.constexpr):
 
 
 @triton.jit
+def is_less(a, b, FP64: tl.constexpr):
+    """Whether key a comes after key b; with FP64, int64 keys are ordered as doubles."""
+    if FP64 and a.dtype == tl.int64:
+        return a.to(tl.float64, bitcast=True) < b.to(tl.float64, bitcast=True)
+    else:
+        return a < b
+
+
+@triton.jit
 def merge(a, b, LENGTH: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr):
     """Merge two descending tuples into one.
 
@@ -81,3 +90,26 @@ def best_of(a, b, NVIDIA: tl.constexpr, FP64: tl.constexpr):
     for i in tl.static_range(len(b)):
         kept = kept + (exchange(a[len(a) - len(b) + i], b[len(b) - 1 - i], NVIDIA, FP64)[0],)
     return kept
+
+
+@triton.jit
+def bitonic(keys, NVIDIA: tl.constexpr, FP64: tl.constexpr):
+    """Sort, descending, a tuple that rises and then falls (or starts anywhere on such a circle); a power of two keys."""
+    HALF: tl.constexpr = len(keys) // 2
+    if HALF == 0:
+        return keys
+    else:
+        upper, lower = (), ()
+        for i in tl.static_range(HALF):
+            larger, smaller = exchange(keys[i], keys[i + HALF], NVIDIA, FP64)
+            upper, lower = upper + (larger,), lower + (smaller,)
+        return bitonic(upper, NVIDIA, FP64) + bitonic(lower, NVIDIA, FP64)
+
+
+@triton.jit
+def merge_best(a, b, K: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr):
+    """The K best of two descending tuples of the same length, descending."""
+    if K == len(a) and K & (K - 1) == 0:
+        return bitonic(best_of(a, b, NVIDIA, FP64), NVIDIA, FP64)
+    else:
+        return merge(a, b, len(a), NVIDIA, FP64)[:K]

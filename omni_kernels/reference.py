@@ -29,7 +29,7 @@ def brute_force_router(router_logits_x, router_logits_y, num_experts_per_token):
     return sums.gather(1, order).to(router_logits_x.dtype), order.int()
 
 
-def factored_router(router_logits_x, router_logits_y, num_experts_per_token):
+def factored_router(router_logits_x, router_logits_y, num_experts_per_token, scores_dtype=None):
     """The same selection from the k best of each factor: O(N + k log k) a token instead of O(N²).
 
     Sort both factors, best first. The pair of ranks (a, b), counted from 1, is beaten by a·b - 1 others, so only pairs
@@ -40,11 +40,12 @@ def factored_router(router_logits_x, router_logits_y, num_experts_per_token):
     those rows, agree with this function bit for bit. A token with NaN, or with +inf where -inf may meet it, gets NaN
     for all its scores.
 
-    Arguments and results as in `brute_force_router`, but without autograd: `backward_router` is the gradient.
+    Arguments and results as in `brute_force_router`, the scores in scores_dtype if given, but without autograd:
+    `backward_router` is the gradient.
     """
     num_tokens, num_expert_sqrt = router_logits_x.shape
     k = num_experts_per_token
-    scores = router_logits_x.new_empty((num_tokens, k))
+    scores = router_logits_x.new_empty((num_tokens, k), dtype=scores_dtype)
     indices = torch.empty((num_tokens, k), dtype=torch.int32, device=router_logits_x.device)
     if indices.numel():
         rank_x, rank_y = _staircase(k, num_expert_sqrt)

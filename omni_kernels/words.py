@@ -22,28 +22,6 @@ def allocate_rows(like, BYTES: tl.constexpr):
 
 
 @triton.jit
-def copy_rows(buffer, ptr, first_row, last_row, stride_m, BYTES: tl.constexpr, TILE_N: tl.constexpr,
-              VECTOR: tl.constexpr, PITCH: tl.constexpr):  # fmt: skip
-    """Start copying TILE_N elements, BYTES each, of a warp's 32 rows into its buffer, VECTOR bytes a lane at a time.
-
-    buffer: the warp's shared memory; ptr: where the tile starts in row 0, as an integer; first_row: the warp's first
-    row; rows past last_row are read as last_row. PITCH: bytes between rows in the buffer.
-    """
-    lane = tl.arange(0, buffer.shape[0]) % 32
-    PER_ROW: tl.constexpr = TILE_N * BYTES // VECTOR
-    MODE: tl.constexpr = "cg" if VECTOR == 16 else "ca"
-    tl.inline_asm_elementwise("bar.warp.sync 0xffffffff; mov.u32 $0, 0;", "=r,r", [lane], tl.int32, False, 1)
-    for step in tl.static_range(PER_ROW):
-        vector = step * 32 + lane
-        row, offset = vector // PER_ROW, vector % PER_ROW * VECTOR
-        source = ptr + tl.minimum(first_row + row, last_row) * stride_m * BYTES + offset
-        tl.inline_asm_elementwise(
-            f"cp.async.{MODE}.shared.global [$1], [$2], {VECTOR}; mov.u32 $0, 0;", "=r,r,l",
-            [buffer + row * PITCH + offset, source], tl.int32, False, 1,
-        )  # fmt: skip
-
-
-@triton.jit
 def wait_for_rows(like):
     """Wait until what this warp copies has arrived."""
     tl.inline_asm_elementwise(
@@ -52,19 +30,94 @@ def wait_for_rows(like):
 
 
 @triton.jit
-def load_shared(address, OFFSET: tl.constexpr, WORDS: tl.constexpr):
-    """A tuple of the WORDS (1, 2 or 4) 32-bit words at address + OFFSET, in one instruction."""
+def copy_rows(buffer, address, wanted, TILE_BYTES: tl.constexpr, VECTOR: tl.constexpr, PITCH: tl.constexpr):
+    """Start copying the TILE_BYTES at every lane's global address into its warp's buffer, VECTOR bytes a lane at a time.
+
+    buffer: the warp's shared memory, where lane i finds its bytes at i * PITCH. wanted: whether to copy at all (a branch
+    around the last copy of a loop would make the compiler peel off a whole iteration).
+    """
+    lane = tl.arange(0, buffer.shape[0]) % 32
+    PER_ROW: tl.constexpr = TILE_BYTES // VECTOR
+    MODE: tl.constexpr = "cg" if VECTOR == 16 else "ca"
+    tl.inline_asm_elementwise("bar.warp.sync 0xffffffff; mov.u32 $0, 0;", "=r,r", [lane], tl.int32, False, 1)
+    for step in tl.static_range(PER_ROW):
+        vector = step * 32 + lane
+        owner, offset = vector // PER_ROW, vector % PER_ROW * VECTOR
+        tl.inline_asm_elementwise(
+            f"""{{
+            .reg .b32 low, high;
+            .reg .b64 source;
+            .reg .pred p;
+            setp.ne.s32 p, $5, 0;
+            mov.b64 {{low, high}}, $2;
+            shfl.sync.idx.b32 low, low, $3, 31, 0xffffffff;
+            shfl.sync.idx.b32 high, high, $3, 31, 0xffffffff;
+            mov.b64 source, {{low, high}};
+            add.s64 source, source, $4;
+            @p cp.async.{MODE}.shared.global [$1], [source], {VECTOR};
+            mov.u32 $0, 0;
+            }}""",
+            "=r,r,l,r,l,r", [buffer + owner * PITCH + offset, address, owner, offset.to(tl.int64), wanted], tl.int32,
+            False, 1,
+        )  # fmt: skip
+
+
+@triton.jit
+def load_words(address, OFFSET: tl.constexpr, WORDS: tl.constexpr):
+    """A tuple of the WORDS (1, 2 or 4) 32-bit words at address + OFFSET, in one instruction.
+
+    address: int32, in shared memory, or int64, in global memory.
+    """
+    SPACE: tl.constexpr = "shared" if address.dtype == tl.int32 else "global"
+    FROM: tl.constexpr = "r" if address.dtype == tl.int32 else "l"
     if WORDS == 4:
         return tl.inline_asm_elementwise(
-            f"ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4+{OFFSET}];", "=r,=r,=r,=r,r", [address],
+            f"ld.{SPACE}.v4.b32 {{$0, $1, $2, $3}}, [$4+{OFFSET}];", f"=r,=r,=r,=r,{FROM}", [address],
             (tl.int32, tl.int32, tl.int32, tl.int32), False, 1,
         )  # fmt: skip
     elif WORDS == 2:
         return tl.inline_asm_elementwise(
-            f"ld.shared.v2.b32 {{$0, $1}}, [$2+{OFFSET}];", "=r,=r,r", [address], (tl.int32, tl.int32), False, 1
+            f"ld.{SPACE}.v2.b32 {{$0, $1}}, [$2+{OFFSET}];", f"=r,=r,{FROM}", [address], (tl.int32, tl.int32), False, 1
         )
     else:
-        return (tl.inline_asm_elementwise(f"ld.shared.b32 $0, [$1+{OFFSET}];", "=r,r", [address], tl.int32, False, 1),)
+        return (
+            tl.inline_asm_elementwise(
+                f"ld.{SPACE}.b32 $0, [$1+{OFFSET}];", f"=r,{FROM}", [address], tl.int32, False, 1
+            ),
+        )
+
+
+@triton.jit
+def partner(value, DISTANCE: tl.constexpr, NVIDIA: tl.constexpr):
+    """What the lane whose number differs in the bit DISTANCE holds: int32, fp32 or int64."""
+    if not NVIDIA:
+        return tl.gather(value, tl.arange(0, value.shape[0]) ^ DISTANCE, 0)
+    elif value.dtype == tl.int64:
+        return tl.inline_asm_elementwise(
+            f"""{{
+            .reg .b32 low, high;
+            mov.b64 {{low, high}}, $1;
+            shfl.sync.bfly.b32 low, low, {DISTANCE}, 31, 0xffffffff;
+            shfl.sync.bfly.b32 high, high, {DISTANCE}, 31, 0xffffffff;
+            mov.b64 $0, {{low, high}};
+            }}""",
+            "=l,l", [value], tl.int64, False, 1,
+        )  # fmt: skip
+    else:
+        bits = tl.inline_asm_elementwise(
+            f"shfl.sync.bfly.b32 $0, $1, {DISTANCE}, 31, 0xffffffff;", "=r,r", [value.to(tl.int32, bitcast=True)],
+            tl.int32, False, 1,
+        )  # fmt: skip
+        return bits.to(value.dtype, bitcast=True)
+
+
+@triton.jit
+def partners(values, DISTANCE: tl.constexpr, NVIDIA: tl.constexpr):
+    """`partner` of each of a tuple."""
+    found = ()
+    for i in tl.static_range(len(values)):
+        found = found + (partner(values[i], DISTANCE, NVIDIA),)
+    return found
 
 
 @triton.jit
@@ -142,3 +195,67 @@ def store_row(ptrs, values, mask, NVIDIA: tl.constexpr):
                     "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b32 [$1], $2; mov.u32 $0, 0; }", "=r,l,r,r",
                     [start, words[i], mask.to(tl.int32)], tl.int32, False, 1,
                 )  # fmt: skip
+
+
+@triton.jit
+def load_shared(address, WIDE: tl.constexpr):
+    """An int32 or, WIDE, int64 from shared memory."""
+    if WIDE:
+        return tl.inline_asm_elementwise("ld.shared.b64 $0, [$1];", "=l,r", [address], tl.int64, False, 1)
+    else:
+        return tl.inline_asm_elementwise("ld.shared.b32 $0, [$1];", "=r,r", [address], tl.int32, False, 1)
+
+
+@triton.jit
+def load_shared_byte(address):
+    """A byte from shared memory, as an int32."""
+    return tl.inline_asm_elementwise("ld.shared.u8 $0, [$1];", "=r,r", [address], tl.int32, False, 1)
+
+
+@triton.jit
+def store_shared(address, value, BITS: tl.constexpr, mask):
+    """The low BITS (8, 32 or 64) bits of an int32 or int64, to shared memory."""
+    CLASS: tl.constexpr = "l" if BITS == 64 else "r"
+    tl.inline_asm_elementwise(
+        f"{{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.shared.b{BITS} [$1], $2; mov.u32 $0, 0; }}",
+        f"=r,r,{CLASS},r", [address, value, mask.to(tl.int32)], tl.int32, False, 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def allocate_private(like, BYTES: tl.constexpr):
+    """Memory of each lane's own: its address, in int64."""
+    return tl.inline_asm_elementwise(
+        f"{{ .local .align 8 .b8 private[{BYTES}]; mov.u64 $0, private; }}", "=l,r", [like], tl.int64, False, 1
+    )
+
+
+@triton.jit
+def load_private(address, WIDE: tl.constexpr):
+    """An int32 or, WIDE, int64 from a lane's own memory."""
+    if WIDE:
+        return tl.inline_asm_elementwise("ld.local.b64 $0, [$1];", "=l,l", [address], tl.int64, False, 1)
+    else:
+        return tl.inline_asm_elementwise("ld.local.b32 $0, [$1];", "=r,l", [address], tl.int32, False, 1)
+
+
+@triton.jit
+def store_private(address, value):
+    """An int32 or int64 to a lane's own memory."""
+    BITS: tl.constexpr = value.dtype.primitive_bitwidth
+    CLASS: tl.constexpr = "l" if BITS == 64 else "r"
+    tl.inline_asm_elementwise(
+        f"st.local.b{BITS} [$1], $2; mov.u32 $0, 0;", f"=r,l,{CLASS}", [address, value], tl.int32, False, 1
+    )
+
+
+@triton.jit
+def sync_warp(like):
+    """Wait for the warp, and for what it wrote."""
+    tl.inline_asm_elementwise("bar.warp.sync 0xffffffff; mov.u32 $0, 0;", "=r,r", [like], tl.int32, False, 1)
+
+
+@triton.jit
+def hide(value):
+    """An int32 of which the compiler does not know where it comes from."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [value], tl.int32, True, 1)

@@ -1,193 +1,540 @@
-"""Runs one thread of a compiled kernel on the CPU, instruction by instruction.
+"""Runs one warp of a compiled kernel on the CPU, instruction by instruction.
 
-The interpreter runs Triton's operations but no PTX, and row_per_thread.py is mostly PTX of its own. A thread of it owns
-a token and talks to no other, except that its warp copies rows into shared memory together; here those rows are simply
-there once they have been waited for. Only the instructions that kernel compiles to are known.
+The interpreter runs Triton's operations but no PTX, and some kernels are mostly PTX of their own. Here the 32 lanes of
+a warp run in lockstep, so that code in which lanes exchange what they have can be checked bit for bit without a GPU.
+
+It is stricter than a GPU. An address must be aligned and inside a given array. Shared memory holds NaN until something
+is written, and a copy's target does until the copy is waited for. Lanes may not touch each other's bytes without a
+barrier between. All lanes take a branch, or none. What an instruction is not known to do raises.
+
+A register is an array of 32 uint64; whoever reads one ignores the bits above its width.
 """
 
 import re
-import struct
+from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 
-BITS = {"b16": 16, "u16": 16, "s16": 16, "b64": 64, "u64": 64, "s64": 64, "f64": 64}
-NAN = {"f32": 0x7FFFFFFF, "bf16x2": 0x7FFF, "f16x2": 0x7FFF}
+LANES = np.arange(32)
+EVERYONE = np.ones(32, bool)
+SHARED = 1024  # where a kernel's shared memory starts; what is below is the system's
+PRIVATE = 1 << 32  # where lane 0's private (.local) memory starts; the other lanes' follows
+TYPES = {f"{kind}{8 * size}": np.dtype(f"{code}{size}") for kind, code in ("bu", "uu", "si") for size in (1, 2, 4, 8)}
+TYPES |= {f"f{8 * size}": np.dtype(f"f{size}") for size in (2, 4, 8)} | {"bf16": np.dtype("u2")}
+NAN = {"f64": 0x7FF8000000000000, "f32": 0x7FFFFFFF, "f16": 0x7FFF, "bf16": 0x7FFF}  # the only ones arithmetic returns
+BARRIERS = ("bar.sync 0", "barrier.sync 0", "bar.warp.sync 0xffffffff", "bar.warp.sync -1")
+
+
+# Registers and numbers -----------------------------------------------------------------------------------------------
+
+
+def constant(number):
+    return np.full(32, number & (1 << 64) - 1, np.uint64)
+
+
+def pattern(numbers):
+    """The register that holds 32 integers or booleans, or 32 pairs of 16-bit integers."""
+    words = numbers.view(np.uint32) if len(numbers) == 64 else numbers
+    return words.astype(np.int64).view(np.uint64)
+
+
+@cache
+def reader(kind):
+    """From a register to its numbers, 64 where it holds pairs; halves are widened to doubles."""
+    if kind == "pred":
+        return lambda register: register.astype(bool)
+    number = TYPES[kind.removesuffix("x2")]
+    word = np.dtype("u4" if kind.endswith("x2") else f"u{number.itemsize}")
+    if kind.startswith("bf16"):
+        return lambda register: (
+            (register.astype(word).view(number).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        )
+    if kind.startswith("f16"):
+        return lambda register: register.astype(word).view(number).astype(np.float64)
+    return lambda register: register.astype(word, copy=False).view(number)
+
+
+@cache
+def rounder(kind):
+    """From floats to a register, rounded to nearest even."""
+    kind = kind.removesuffix("x2")
+    word = np.dtype(f"u{TYPES[kind].itemsize}")
+
+    def to_words(numbers):
+        if kind != "bf16":
+            return numbers.astype(TYPES[kind], copy=False).view(word)
+        last_place = np.maximum(np.frexp(numbers)[1], -125) - 8
+        numbers = np.ldexp(np.rint(np.ldexp(numbers, -last_place)), last_place)
+        return (numbers.astype(np.float32).view(np.uint32) >> 16).astype(word)
+
+    return lambda numbers: pattern(np.where(np.isnan(numbers), word.type(NAN[kind]), to_words(numbers)))
+
+
+# Arithmetic ----------------------------------------------------------------------------------------------------------
+
+
+def wide(a):
+    return a.astype(f"{a.dtype.kind}{2 * a.itemsize}")
+
+
+def high_product(a, b):
+    return (a.astype(object) * b.astype(object) >> 8 * a.itemsize).astype(a.dtype)
+
+
+def bits_of(a):
+    """[32, width], the lowest bit first."""
+    return np.unpackbits(a.view(np.uint8).reshape(32, -1), axis=1, bitorder="little")
+
+
+def leading_zeros(a):
+    return np.where(a == 0, 8 * a.itemsize, bits_of(a)[:, ::-1].argmax(1))
+
+
+def highest_bit(a):
+    """The highest that is not the sign's; -1 without one."""
+    return 8 * a.itemsize - 1 - leading_zeros(a ^ (a >> 8 * a.itemsize - 1) if a.dtype.kind == "i" else a)
+
+
+def clamped(amount, like):
+    """A shift by the width or more: numpy, too, shifts everything out."""
+    return np.minimum(amount, 64).astype(like.dtype)
+
+
+def ones(length, like):
+    """Ones below bit `length`."""
+    return (like.dtype.type(1) << clamped(length & 255, like)) - like.dtype.type(1)
+
+
+def extract(a, start, length):
+    value, field = a >> clamped(start & 255, a), ones(length, a)
+    negative = (value & (field ^ field >> 1) != 0) & (length & 255 > 0) & (a.dtype.kind == "i")
+    return np.where(negative, value | ~field, value & field)
+
+
+def insert(a, b, start, length):
+    start, field = clamped(start & 255, b), ones(length, b)
+    return b & ~(field << start) | (a & field) << start
+
+
+def logic(a, b, c, table):
+    """Any function of three bits, by its truth table."""
+    rows = (row for row in range(8) if int(table[0]) >> row & 1)
+    terms = ((a if row & 4 else ~a) & (b if row & 2 else ~b) & (c if row & 1 else ~c) for row in rows)
+    return sum(terms, np.zeros_like(a))
+
+
+def permute(a, b, selectors):
+    """Four of eight bytes; where a selector's bit 3 is set, the byte's sign, spread."""
+    selectors = selectors[:, None] >> np.arange(0, 16, 4, dtype=np.uint32) & 15
+    chosen = np.take_along_axis(np.stack((a, b), 1).view(np.int8), (selectors & 7).astype(np.int64), 1)
+    return np.where(selectors & 8, chosen >> 7, chosen).view(np.uint32)[:, 0]
+
+
+def joined(low, high):
+    return high.astype(np.uint64) << 32 | low
+
+
+def fused(a, b, c):
+    """a * b + c of numbers of at most 24 bits, such that rounding it to those rounds the exact sum."""
+    product, c = np.multiply(a, b, dtype=np.float64), c.astype(np.float64)
+    total = product + c
+    back = total - product
+    error = (product - (total - back)) + (c - back)
+    # Rounded to odd: a double that is not exact ends in 1, and so is no tie of a shorter format.
+    inexact_even = np.isfinite(total) & (error != 0) & (total.view(np.uint64) & 1 == 0)
+    return np.where(inexact_even, np.nextafter(total, np.copysign(np.inf, error)), total)
+
+
+def maximum(a, b):
+    return np.where((a > b) | (a == b) & ~np.signbit(a) | np.isnan(b), a, b)
+
+
+def maximum_nan(a, b):
+    return np.where(np.isnan(a), a, np.where(np.isnan(b), b, maximum(a, b)))
+
+
+INTEGERS = {
+    "add": np.add, "sub": np.subtract, "neg": np.negative, "abs": np.abs, "min": np.minimum, "max": np.maximum,
+    "mul.lo": np.multiply, "mul.hi": high_product, "mul.wide": lambda a, b: wide(a) * wide(b),
+    "mad.lo": lambda a, b, c: a * b + c, "mad.wide": lambda a, b, c: pattern(wide(a) * wide(b)) + c,
+    "div": lambda a, b: (a - np.fmod(a, b)) // b, "rem": np.fmod,
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert, "lop3": logic,
+    "shl": lambda a, n: a << clamped(n, a), "shr": lambda a, n: a >> clamped(n, a),
+    "shf.l.wrap": lambda a, b, n: joined(a, b) << (n & 31) >> 32,
+    "shf.r.wrap": lambda a, b, n: joined(a, b) >> (n & 31),
+    "shf.l.clamp": lambda a, b, n: joined(a, b) << np.minimum(n, 32) >> 32,
+    "shf.r.clamp": lambda a, b, n: joined(a, b) >> np.minimum(n, 32),
+    "bfe": extract, "bfi": insert, "prmt": permute, "popc": lambda a: bits_of(a).sum(1), "clz": leading_zeros,
+    "bfind": highest_bit, "brev": lambda a: np.packbits(bits_of(a)[:, ::-1], 1, "little").view(a.dtype)[:, 0],
+    "selp": lambda a, b, p: np.where(p, a, b),
+}  # fmt: skip
+FLOATS = {
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "fma": fused, "neg": np.negative, "abs": np.abs,
+    "max": maximum, "min": lambda a, b: -maximum(-a, -b), "max.NaN": maximum_nan,
+    "min.NaN": lambda a, b: -maximum_nan(-a, -b),
+}  # fmt: skip
+COMPARISONS = {
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+    "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
+}  # fmt: skip
+# The kinds of operands, where they are not all the instruction's own (None).
+OPERANDS = {"shl": (None, "u32"), "shr": (None, "u32"), "shf": (None, None, "u32"), "bfe": (None, "u32", "u32"),
+            "bfi": (None, None, "u32", "u32"), "selp": (None, None, "pred"), "setp": (None, None, "pred"),
+            "mad.wide": (None, None, "u64")}  # fmt: skip
+
+
+def arithmetic(op, modifiers, kind):
+    """What an instruction does to numbers, and what makes a register of the result. Raises where that is not known."""
+    if op == "cvt" and "f" in modifiers[-1] and modifiers[:-1] in ([], ["rn"]):
+        number = np.float32 if modifiers[-1] == "f32" else np.float64
+        return lambda *parts: np.stack(parts[::-1], 1).ravel().astype(number), rounder(modifiers[-1])
+    if op == "cvt" and "f" not in kind:
+        (target,) = modifiers
+        return lambda a: a.astype(TYPES[target]), pattern
+    if op == "setp":
+        compare, combine = comparison(modifiers[0], kind), INTEGERS[modifiers[1] if modifiers[1:] else "and"]
+        return lambda a, b, p=EVERYONE: combine(compare(a, b), p), pattern
+    name = ".".join([op, *(part for part in modifiers if part != "rn")])
+    if "f" not in kind or op == "selp":
+        return INTEGERS[name], pattern
+    if name == "fma" and kind == "f64":
+        raise KeyError(kind)
+    return FLOATS[name], rounder(kind)
+
+
+def comparison(name, kind):
+    if "f" not in kind:
+        return COMPARISONS[name]
+    if name in ("num", "nan"):
+        return lambda a, b: (np.isnan(a) | np.isnan(b)) == (name == "nan")
+    compare = COMPARISONS[name[:2]]
+    if name[2:] == "u":  # holds for NaN as well
+        return lambda a, b: compare(a, b) | np.isnan(a) | np.isnan(b)
+    return lambda a, b: compare(a, b) & ~np.isnan(a) & ~np.isnan(b)
+
+
+# Instructions --------------------------------------------------------------------------------------------------------
+
+
+class Program(NamedTuple):
+    """A compiled kernel. instructions: (text, guard, registers written, function of (warp, lanes) -> their values)."""
+
+    instructions: list
+    labels: dict
+    constants: dict
+    shared_bytes: int
+    private_bytes: int  # of each lane
 
 
 def parse(ptx):
-    """The instructions of a module's only kernel, and where its labels point."""
-    instructions, labels = [], {}
-    body = ptx[ptx.index("{", ptx.index(".entry")) + 1 :]
-    for line in re.sub(r"//.*", "", body).splitlines():
-        if label := re.fullmatch(r"\s*(\$?\w+):\s*", line):
-            labels[label[1]] = len(instructions)
-            continue
-        statements = (re.sub(r"^[{}\s]+", "", statement).strip() for statement in line.split(";"))
-        instructions += [statement for statement in statements if statement and not statement.startswith(".")]
-    return instructions, labels
+    """The Program of a module's only kernel. NotImplementedError: names an instruction that is not known."""
+    body = re.sub(r"//.*|^\s*\.(loc|file)\b.*", "", ptx[ptx.index("{", ptx.index(".entry")) :], flags=re.M)
+    instructions, labels, constants, shared_bytes, places, private_bytes = [], {}, {}, 0, {}, 0
+    scopes, num_scopes = [], 0  # what each open brace declares, under names that no other does
+    for statement in body.split(";"):
+        while token := re.match(r"\s*(?:([{}])|([$\w]+):(?!:))", statement):
+            statement = statement[token.end() :]
+            if token[2]:
+                labels[token[2]] = len(instructions)
+            elif token[1] == "{":
+                scopes, num_scopes = [*scopes, {}], num_scopes + 1
+            elif not (scopes := scopes[:-1]):  # the end of the kernel
+                dynamic = re.findall(r"\.extern \.shared .*?([$\w]+)\[\]", ptx)
+                shared_bytes += -shared_bytes % 16
+                constants |= {name: constant(SHARED + shared_bytes) for name in dynamic}
+                constants |= {name: pattern(PRIVATE + LANES * private_bytes + place) for name, place in places.items()}
+                return Program(instructions, labels, constants, shared_bytes, private_bytes)
+        statement = statement.strip()
+        if private := re.match(r"\.local \.align \d+ \.b8 ([$\w]+)\[(\d+)\]", statement):
+            scopes[-1][private[1]] = name = f"{private[1]}#{num_scopes}"
+            places[name] = private_bytes
+            private_bytes += int(private[2]) + -int(private[2]) % 8
+        elif shared := re.match(r"\.shared \.align (\d+) \.b8 ([$\w]+)\[(\d+)\]", statement):
+            shared_bytes += -shared_bytes % int(shared[1])
+            scopes[-1][shared[2]] = name = f"{shared[2]}#{num_scopes}"
+            constants[name] = constant(SHARED + shared_bytes)
+            shared_bytes += int(shared[3])
+        elif statement.startswith(".reg"):
+            names = re.findall(r"([$%\w]+)\s*(?:,|$)", statement)
+            scopes[-1].update((name, f"{name}#{num_scopes}") for name in names)
+        elif statement and not statement.startswith(".pragma"):
+            local = {name: unique for scope in scopes for name, unique in scope.items()}
+            renamed = re.sub(r"[$%\w.]+", lambda word, local=local: local.get(word[0], word[0]), statement)
+            for number in re.findall(r"(?<![\w%$.:#+-])-?\d\w*", renamed):
+                bits = int(number[2:], 16) if number[:2] in ("0f", "0d") else int(number.rstrip("U"), 0)
+                constants[number] = constant(bits)
+            instructions.append(compile_statement(renamed))
+    raise ValueError("the kernel does not end")
 
 
-def signed(value, bits):
-    value &= (1 << bits) - 1
-    return value - (1 << bits) if value >> bits - 1 else value
-
-
-def unpack_float(value, kind):
-    """The number a bit pattern is, as a Python float."""
-    if kind == "f64":
-        return struct.unpack("<d", struct.pack("<Q", value))[0]
-    if kind == "f16":
-        return float(np.uint16(value & 0xFFFF).view(np.float16))
-    return struct.unpack("<f", struct.pack("<I", value << 16 & 0xFFFFFFFF if kind == "bf16" else value & 0xFFFFFFFF))[0]
-
-
-def pack_float(number, kind):
-    """The pattern NVIDIA hardware gives a number, rounded to nearest even; it knows one NaN."""
-    if number != number:
-        return 0x7FFFFFFF if kind == "f32" else 0x7FFF
-    with np.errstate(over="ignore"):
-        if kind == "f16":
-            return int(np.float16(number).view(np.uint16))
-        bits = int(np.float32(number).view(np.uint32))
-    return bits if kind == "f32" else bits + 0x7FFF + (bits >> 16 & 1) >> 16
-
-
-class Thread:
-    """Thread 0 of program 0.
-
-    memory: {address: bytes}, what the kernel may read. parameters: the kernel's arguments, in order. staged: the
-    thread's rows of shared memory, one for each wait. `run` returns what was stored, {address: byte}.
-    """
-
-    def __init__(self, program, memory, parameters, staged):
-        self.instructions, self.labels = program
-        self.memory, self.parameters, self.staged = memory, parameters, iter(staged)
-        self.registers, self.stored = {}, {}
-
-    def run(self):
-        position = 0
-        while not (statement := self.instructions[position]).startswith("ret"):
-            position += 1
-            if guard := re.match(r"@(!?)(%?\w+)\s+(.*)", statement):
-                if bool(self.value(guard[2])) == (guard[1] == "!"):
-                    continue
-                statement = guard[3]
-            name, operands = (*statement.split(None, 1), "")[:2]
-            if name in ("bra", "bra.uni"):
-                position = self.labels[operands.strip()]
-            else:
-                self.execute(name.split("."), re.findall(r"\{[^}]*\}|[^\s,][^,]*", operands) or [""])
-        return self.stored
-
-    def value(self, operand):
-        operand = operand.strip()
-        if operand in self.registers:
-            return self.registers[operand]
-        if operand.startswith(("%tid", "%ctaid", "rows", "global_smem")):
-            return 0
-        return int(operand[2:], 16) if operand.startswith("0f") else int(operand.rstrip("U"), 0)
-
-    def address(self, operand):
-        base, _, offset = operand.strip("[] ").partition("+")
-        return self.value(base) + int(offset or 0)
-
-    def read(self, address, size):
-        start = max(base for base in self.memory if base <= address)
-        data = self.memory[start][address - start : address - start + size]
-        assert len(data) == size, f"read of {size} bytes at {address:#x}, past the end"
-        return int.from_bytes(data, "little")
-
-    def execute(self, name, operands):
-        names = [part.strip() for part in operands[0].strip("{}").split(",")]
-        if name[0] == "cp" and name[2] == "wait_all":
-            self.memory[0] = next(self.staged)
-        elif name[0] in ("cp", "bar"):
-            pass  # what is copied is in `staged`, and there is nobody to wait for
-        elif name[0] == "ld" and name[1] == "param":
-            self.registers[names[0]] = self.parameters[int(re.search(r"param_(\d+)", operands[1])[1])]
-        elif name[0] == "ld":
-            size = BITS.get(name[-1], 32) // 8
-            for i, register in enumerate(names):
-                self.registers[register] = self.read(self.address(operands[1]) + i * size, size)
-        elif name[0] == "st":
-            size = BITS.get(name[-1], 32) // 8
-            for i, source in enumerate(operands[1].strip("{}").split(",")):
-                for byte in range(size):
-                    self.stored[self.address(operands[0]) + i * size + byte] = self.value(source) >> 8 * byte & 255
-        elif name[0] == "mov" and "{" in "".join(operands):
-            half = BITS.get(name[1], 32) // 2
-            if operands[0].startswith("{"):
-                for i, register in enumerate(names):
-                    self.registers[register] = self.value(operands[1]) >> i * half & (1 << half) - 1
-            else:
-                low, high = map(self.value, operands[1].strip("{}").split(","))
-                self.registers[names[0]] = low | high << half
+def compile_statement(statement):
+    guard, name, operands = re.fullmatch(r"(?:@(\S+)\s+)?(\S+)\s*(.*)", statement, flags=re.S).groups()
+    op, operands = name.split(".")[0], re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^\s,]+", operands)
+    try:
+        if op in ("bra", "ret"):
+            targets, execute = (), lambda warp, active: warp.jump(operands, active)
+        elif op == "membar":
+            targets, execute = (), lambda warp, active: ()
+        elif f"{name} {' '.join(operands)}" in BARRIERS:
+            targets, execute = (), lambda warp, active: warp.pass_barrier(active)
+        elif op == "cp":
+            targets, execute = (), compile_copy(name, operands)
+        elif op == "st":
+            targets, execute = (), compile_store(name, *operands)
         else:
-            self.registers[names[0].split("|")[0]] = compute(name, [self.value(operand) for operand in operands[1:]])
+            targets, compile_value = registers_of(operands[0]), VALUES.get(op, compile_arithmetic)
+            execute = compile_value(name, len(targets), *operands[1:])
+    except (LookupError, TypeError, ValueError) as error:
+        raise NotImplementedError(statement) from error
+    return statement, guard and value_of(guard, "pred"), targets, execute
 
 
-def compute(name, a):
-    """What an instruction without side effects returns, as an unsigned pattern."""
-    op, kind = name[0], name[-1]
-    bits = BITS.get(kind, 32)
-    mask = (1 << bits) - 1
-    number = (lambda v: signed(v, bits)) if kind[0] == "s" else (lambda v: v & mask)
-    if op in ("mov", "shfl", "redux"):
-        return a[0]  # the thread is alone: it meets itself
-    if op == "cvt":
-        return convert(name, a)
-    if op == "fma" or (op in ("add", "setp") and kind[0] == "f") or "NaN" in name:
-        return compute_float(name, a)
-    if op == "setp":
-        left, right = map(number, a)
-        return {"eq": left == right, "ne": left != right, "lt": left < right, "le": left <= right,
-                "gt": left > right, "ge": left >= right}[name[1]]  # fmt: skip
-    if op in ("mul", "mad") and name[1] == "wide":
-        return number(a[0]) * number(a[1]) + (a[2] if op == "mad" else 0) & (1 << 64) - 1
-    if op == "prmt":
-        source = struct.pack("<II", a[0] & 0xFFFFFFFF, a[1] & 0xFFFFFFFF)
-        selectors = [a[2] >> 4 * i & 15 for i in range(4)]
-        chosen = [source[n & 7] if n < 8 else 255 * (source[n & 7] >> 7) for n in selectors]  # 8: the sign, spread
-        return int.from_bytes(bytes(chosen), "little")
-    return mask & {
-        "add": lambda: a[0] + a[1], "sub": lambda: a[0] - a[1], "mul": lambda: a[0] * a[1],
-        "mad": lambda: a[0] * a[1] + a[2], "neg": lambda: -a[0], "and": lambda: a[0] & a[1], "or": lambda: a[0] | a[1],
-        "xor": lambda: a[0] ^ a[1], "not": lambda: not a[0] if kind == "pred" else ~a[0],
-        "shl": lambda: a[0] << a[1], "shr": lambda: number(a[0]) >> a[1],
-        "bfe": lambda: number(a[0]) >> a[1] & (1 << a[2]) - 1, "popc": lambda: a[0].bit_count(),
-        "max": lambda: max(map(number, a)), "min": lambda: min(map(number, a)), "selp": lambda: a[0] if a[2] else a[1],
-        "div": lambda: number(a[0]) // number(a[1]), "rem": lambda: number(a[0]) % number(a[1]),
-    }[op]()  # fmt: skip
+def registers_of(operand):
+    """Those of a vector, or of a destination and its predicate."""
+    return re.findall(r"[^\s,|{}]+", operand)
 
 
-def compute_float(name, a):
-    kind = name[-1]
-    if kind in ("bf16x2", "f16x2"):
-        halves = [compute_float([*name[:-1], kind[:-2]], [v >> shift & 0xFFFF for v in a]) for shift in (0, 16)]
-        return halves[0] | halves[1] << 16
-    left, right, *addend = (unpack_float(v, kind) for v in a)
-    if name[0] == "fma":
-        return pack_float(left * right + addend[0], kind)
-    if name[0] == "add":
-        with np.errstate(all="ignore"):
-            return pack_float(np.float32(left) + np.float32(right), kind)
-    if name[0] == "max":
-        return NAN.get(kind, 0x7FFF) if left != left or right != right else a[0] if left > right else a[1]
-    unordered = left != left or right != right
-    if name[1] in ("num", "nan"):
-        return unordered == (name[1] == "nan")
-    holds = {"eq": left == right, "ne": left != right, "lt": left < right, "le": left <= right,
-             "gt": left > right, "ge": left >= right}[name[1][:2]]  # fmt: skip
-    return unordered if len(name[1]) == 3 and unordered else holds and not unordered
+def value_of(operand, kind):
+    """What an operand is: a function of the warp."""
+    name, read = operand.lstrip("!"), reader(kind)
+    return lambda warp: ~read(warp.registers[name]) if operand[0] == "!" else read(warp.registers[name])
 
 
-def convert(name, a):
-    target, source = name[-2], name[-1]
-    if target in ("bf16x2", "f16x2"):
-        high, low = (pack_float(unpack_float(v, source), target[:-2]) for v in a)
-        return low | high << 16
-    if source in ("f32", "f16", "bf16"):
-        return pack_float(unpack_float(a[0], source), target)
-    width = int(source[1:])
-    value = signed(a[0], width) if source[0] == "s" else a[0] & (1 << width) - 1
-    return value & (1 << int(target[1:])) - 1
+def compile_arithmetic(name, num_targets, *operands):
+    op, *modifiers, kind = name.split(".")
+    function, to_register = arithmetic(op, modifiers, kind)
+    kinds = next((kinds for start, kinds in OPERANDS.items() if name.startswith(start + ".")), [None] * len(operands))
+    if op == "selp":
+        kind = kind.replace("f", "b")
+    values = [value_of(operand, own or kind) for operand, own in zip(operands, kinds, strict=op != "setp")]
+    return lambda warp, active: (to_register(function(*[value(warp) for value in values])),)
+
+
+def compile_move(name, num_targets, operand):
+    kind, sources = name.split(".")[1], registers_of(operand)
+    bits = 1 if kind == "pred" else 8 * TYPES[kind].itemsize // max(num_targets, len(sources))
+    field = (1 << bits) - 1
+    if num_targets > 1:
+        return lambda warp, active: [warp.registers[operand] >> i * bits & field for i in range(num_targets)]
+    if len(sources) > 1:
+        return lambda warp, active: (sum((warp.registers[name] & field) << i * bits for i, name in enumerate(sources)),)
+    return lambda warp, active: (warp.registers[operand],)
+
+
+def compile_load(name, num_targets, place):
+    number = TYPES[name.split(".")[-1].replace("f", "b")]
+    space, size = space_of(name), number.itemsize * num_targets
+    if space == "param":
+        position = int(re.search(r"param_(\d+)\]", place)[1])
+        return lambda warp, active: (pattern(warp.parameters[position].astype(f"u{size}").view(number)),)
+
+    def load(warp, active):
+        data = warp.load(space, warp.addresses(space, place, size, active), size, active)
+        return [pattern(numbers) for numbers in data.view(number).T]
+
+    return load
+
+
+def compile_store(name, place, operand):
+    sources = [value_of(source, name.split(".")[-1].replace("f", "b")) for source in registers_of(operand)]
+    space = space_of(name)
+
+    def store(warp, active):
+        data = np.stack([source(warp) for source in sources], 1).view(np.uint8)
+        warp.store(space, warp.addresses(space, place, data.shape[1], active), data, active)
+        return ()
+
+    return store
+
+
+def space_of(name):
+    """Which memory an instruction accesses."""
+    (space,) = {part.split("::")[0] for part in name.split(".")} & {"param", "shared", "local", "global"}
+    return space
+
+
+def compile_copy(name, operands):
+    if name == "cp.async.wait_all":
+        return lambda warp, active: warp.finish_copies()
+    if not re.fullmatch(r"cp\.async\.c[ag]\.shared(::cta)?\.global(\.L2::\d+B)?", name):
+        raise LookupError(name)
+    target, source, size, *length = operands
+    size, length = int(size), value_of(length[0] if length else size, "u32")
+
+    def copy(warp, active):
+        targets = warp.addresses("shared", target, size, active)
+        sources, lengths = warp.addresses("global", source, size, active), length(warp)
+        data = np.zeros((32, size), np.uint8)  # what is past a lane's length stays zero
+        for count in set(lengths[active].tolist()) - {0}:
+            data[:, :count] |= warp.load("global", sources, count, active & (lengths == count))
+        warp.store("shared", targets, np.full_like(data, 0xFF), active)
+        warp.copies.append((targets, data, active))
+        return ()
+
+    return copy
+
+
+def compile_shuffle(name, num_targets, *operands):
+    _, _, mode, _ = name.split(".")
+    move = {
+        "up": lambda segment, b: LANES - b, "down": lambda segment, b: LANES + b,
+        "bfly": lambda segment, b: LANES ^ b, "idx": lambda segment, b: LANES & segment | b & ~segment,
+    }[mode]  # fmt: skip
+    valid = np.greater_equal if mode == "up" else np.less_equal
+    value, *others = [value_of(operand, "u64" if i == 0 else "s64") for i, operand in enumerate(operands)]
+
+    def shuffle(warp, active):
+        b, c, members = (other(warp) for other in others)
+        groups(members, active)
+        segment = c >> 8 & 31
+        source = move(segment, b & 31)
+        found = valid(source, LANES & segment | c & 31 & ~segment)
+        return value(warp)[np.where(found, source, LANES)], pattern(found)
+
+    return shuffle
+
+
+def compile_vote(name, num_targets, operand, members):
+    op, _, how, kind = name.split(".")
+    if kind not in ("pred", "b32", "u32", "s32"):
+        raise LookupError(kind)
+    value, members = value_of(operand, "pred" if op == "vote" else kind), value_of(members, "s64")
+    reduce = {"any": np.any, "all": np.all, "ballot": np.sum, "add": np.sum, "min": np.min, "max": np.max,
+              "and": np.bitwise_and.reduce, "or": np.bitwise_or.reduce, "xor": np.bitwise_xor.reduce}[how]  # fmt: skip
+
+    def vote(warp, active):
+        values, result = value(warp) << LANES if how == "ballot" else value(warp), np.zeros_like(LANES)
+        for lanes in groups(members(warp), active):
+            result[lanes] = reduce(values[lanes])
+        return (pattern(result),)
+
+    return vote
+
+
+def groups(members, active):
+    """The lanes of each group that the active lanes' membermasks name; those named must be there and agree."""
+    members = members & 0xFFFFFFFF
+    assert (members >> LANES & 1)[active].all(), "a lane is no member of its own group"
+    lanes_of = [np.flatnonzero(mask >> LANES & 1) for mask in set(members[active].tolist())]
+    for lanes in lanes_of:
+        assert active[lanes].all() and (members[lanes] == members[lanes[0]]).all(), "members of a group are missing"
+    return lanes_of
+
+
+VALUES = {
+    "ld": compile_load, "mov": compile_move, "shfl": compile_shuffle, "vote": compile_vote, "redux": compile_vote,
+    "activemask": lambda name, num_targets: lambda warp, active: (constant(int(np.sum(active << LANES))),),
+}  # fmt: skip
+
+
+# The warp ------------------------------------------------------------------------------------------------------------
+
+
+def run_warp(program, parameters, memory, shared_bytes=0, program_id=0):
+    """Runs the only warp of a program; what it stores is in `memory` afterwards.
+
+    program: what `parse` returned. parameters: the kernel's arguments in order, integers. memory: {address: uint8
+    array}, all the global memory there is. shared_bytes: what the launch adds to the shared memory that the kernel
+    itself declares. AssertionError: the warp does what no kernel may; a note says in which instruction.
+    """
+    warp = Warp(program, parameters, memory, shared_bytes, program_id)
+    with np.errstate(all="ignore"):
+        while warp.position < len(program.instructions):
+            statement, *instruction = program.instructions[warp.position]
+            warp.position += 1
+            try:
+                warp.step(*instruction)
+            except Exception as error:
+                error.add_note(f"in {statement}")
+                raise
+
+
+class Warp:
+    def __init__(self, program, parameters, memory, shared_bytes, program_id):
+        self.labels, self.position, self.end = program.labels, 0, len(program.instructions)
+        self.parameters = [constant(parameter) for parameter in parameters]
+        self.registers = program.constants | dict.fromkeys(("%tid.x", "%laneid"), LANES.view(np.uint64))
+        self.registers |= dict.fromkeys(("%tid.y", "%tid.z", "%ctaid.y", "%ctaid.z"), constant(0))
+        self.registers["%ctaid.x"] = constant(program_id)
+        shared = Memory(SHARED, np.full(program.shared_bytes + shared_bytes, 0xFF, np.uint8))
+        private = Memory(PRIVATE, np.full(32 * program.private_bytes, 0xFF, np.uint8))
+        self.memory = {"shared": [shared], "local": [private], "global": [Memory(*item) for item in memory.items()]}
+        self.copies = []  # (addresses, data, lanes) on their way to shared memory
+
+    def step(self, guard, targets, execute):
+        active = guard(self) if guard else EVERYONE
+        if active.any():
+            for target, value in zip(targets, execute(self, active), strict=False):
+                self.registers[target] = np.where(active, value, self.registers.get(target, 0)) if guard else value
+
+    def jump(self, labels, active):
+        assert active.all(), "the lanes part"
+        self.position = self.labels[labels[0]] if labels else self.end
+        return ()
+
+    def pass_barrier(self, active):
+        assert active.all(), "not all lanes meet"
+        for memory in (*self.memory["shared"], *self.memory["global"]):
+            memory.forget()
+        return ()
+
+    def finish_copies(self):
+        for copy in self.copies:
+            self.store("shared", *copy)
+        self.copies = []
+        return ()
+
+    def addresses(self, space, operand, size, active):
+        base, _, offset = operand.strip("[]").partition("+")
+        addresses = self.registers[base.strip()] + constant(int(offset or 0))
+        addresses = addresses & 0xFFFFFFFF if space == "shared" else addresses
+        wrong = addresses[active & (addresses % size != 0)]
+        assert not len(wrong), f"{wrong[0]:#x} is not a multiple of {size}"
+        return addresses
+
+    def load(self, space, addresses, size, active):
+        """The bytes [32, size] from each lane's address on; zeros in lanes that are not active."""
+        data = np.zeros((32, size), np.uint8)
+        for memory, lanes, places in self.find(space, addresses, size, active):
+            memory.touch(places, lanes, writes=False)
+            data[lanes] = memory.data[places]
+        return data
+
+    def store(self, space, addresses, data, active):
+        for memory, lanes, places in self.find(space, addresses, data.shape[1], active):
+            memory.touch(places, lanes, writes=True)
+            memory.data[places] = data[lanes]
+
+    def find(self, space, addresses, size, active):
+        """Yields each memory that lanes access, which lanes, and the places [lanes, size] of their bytes."""
+        for memory in self.memory[space]:
+            offsets = addresses - np.uint64(memory.base)
+            inside = active & (offsets < len(memory.data)) & (offsets + size <= len(memory.data))
+            if inside.any():
+                yield memory, LANES[inside], offsets[inside, None] + np.arange(size, dtype=np.uint64)
+            active = active & ~inside
+        assert not active.any(), f"{size} bytes at {addresses[active][0]:#x} are not all {space} memory"
+
+
+class Memory:
+    """Bytes from an address on, and which lane used and which wrote each since the last barrier."""
+
+    NOBODY, SEVERAL = -1, -2
+
+    def __init__(self, base, data):
+        self.base, self.data = base, data
+        self.users, self.writers = np.full((2, len(data)), self.NOBODY, np.int8)
+
+    def forget(self):
+        self.users[:] = self.writers[:] = self.NOBODY
+
+    def touch(self, places, lanes, writes):
+        lanes, users, writers = lanes[:, None], self.users[places], self.writers[places]
+        self.users[places] = lanes
+        shared = (self.users[places] != lanes) | (users != lanes) & (users != self.NOBODY)
+        self.users[places[shared]] = self.SEVERAL
+        races = shared if writes else (writers != lanes) & (writers != self.NOBODY)
+        assert not races.any(), f"two lanes race for {self.base + int(places[races][0]):#x}"
+        if writes:
+            self.writers[places] = lanes

@@ -11,7 +11,7 @@ import torch
 from cases import ON_GPU
 
 from omni_kernels import configs, forward, get_arch, get_arch_specific_configs, get_device, original
-from omni_kernels.configs import get_original_configs, token_bucket, tuned
+from omni_kernels.configs import get_configs, pruned, token_bucket, tuned
 
 TILES = {"fwd": ["TILE_M"], "fwd_split": ["TILE_M", "TILE_N"], "bwd": ["TILE_M", "TILE_K"]}
 GENERAL = {
@@ -57,27 +57,53 @@ def test_every_entry(arch, kernel_type):
 
 @KERNEL_TYPES
 def test_every_entry_of_the_original_version(kernel_type):
-    assert_configs(get_original_configs(kernel_type), kernel_type, ORIGINAL[kernel_type])
+    assert_configs(get_configs("original", kernel_type), kernel_type, ORIGINAL[kernel_type])
 
 
-def test_counts():
-    def counts(configs_of):
-        return [len(configs_of(kernel_type)) for kernel_type in ("fwd", "fwd_split", "bwd")]
-
-    assert counts(lambda kernel_type: get_arch_specific_configs("cpu", kernel_type)) == [81, 72, 144]
-    assert counts(lambda kernel_type: get_arch_specific_configs("cuda:sm80", kernel_type)) == [12, 6, 16]
-    assert counts(lambda kernel_type: get_arch_specific_configs("cuda:sm90", kernel_type)) == [8, 16, 4]
-    assert counts(get_original_configs) == [4, 5, 9]
+@KERNEL_TYPES
+def test_one_function_gives_every_space(kernel_type):
+    assert get_configs("general", kernel_type) == get_arch_specific_configs("cpu", kernel_type)
+    for arch in ("cuda:sm80", "cuda:sm86", "cuda:sm89", "cuda:sm90"):
+        assert get_configs(arch, kernel_type) == get_arch_specific_configs(arch, kernel_type)
 
 
-@pytest.mark.parametrize("kernel_type", ["forward", "FWD", "", None])
+def test_the_factored_kernels_have_spaces_of_their_own():
+    for kernel_type, lists in configs.FACTORED_SPACE.items():
+        found = get_configs("factored", kernel_type)
+        assert len(set(map(str, found))) == len(list(itertools.product(*lists)))
+        assert {tuple(config.kwargs) for config in found} == {configs.TILES[kernel_type]}
+
+
 @pytest.mark.parametrize(
-    "configs_of", [get_original_configs, lambda kind: get_arch_specific_configs("cuda:sm90", kind)]
+    ("space", "counts"),
+    [
+        ("original", [4, 5, 9]),
+        ("general", [81, 72, 144]),
+        ("cuda:sm80", [12, 6, 16]),
+        ("cuda:sm86", [12, 6, 16]),
+        ("cuda:sm89", [8, 16, 4]),
+        ("cuda:sm90", [8, 16, 4]),
+    ],
+)
+def test_counts(space, counts):
+    assert [len(get_configs(space, kernel_type)) for kernel_type in TILES] == counts
+
+
+@pytest.mark.parametrize("kernel_type", ["forward", "FWD", "", None, "tile"])
+@pytest.mark.parametrize(
+    "configs_of",
+    [lambda kind: get_configs("original", kind), lambda kind: get_arch_specific_configs("cuda:sm90", kind)],
 )
 def test_unknown_kernel_type(configs_of, kernel_type):
     with pytest.raises(ValueError, match=r"kernel_type must be one of 'fwd', 'fwd_split', 'bwd', got ") as error:
         configs_of(kernel_type)
     assert str(error.value).endswith(repr(kernel_type))
+
+
+@pytest.mark.parametrize("space", ["Original", "cuda:sm100", "", None])
+def test_unknown_space(space):
+    with pytest.raises(ValueError, match=r"space must be one of 'original', 'general', 'factored', 'cuda:sm80'"):
+        get_configs(space, "fwd")
 
 
 def test_this_machine(device):
@@ -105,23 +131,51 @@ def test_token_buckets():
 
 
 @KERNEL_TYPES
-@pytest.mark.parametrize("arch", ["cuda:sm80", "cuda:sm90", "cpu", None])
+@pytest.mark.parametrize("space", ["cuda:sm80", "cuda:sm90", "general", "original"])
 @pytest.mark.parametrize(
     ("tokens", "num_expert_sqrt", "k"), [(16, 1, 1), (64, 33, 5), (65536, 256, 64), (1024, 46340, 9)]
 )
-def test_pruning_keeps_what_fits_or_the_smallest(kernel_type, arch, tokens, num_expert_sqrt, k):
-    space = get_original_configs(kernel_type) if arch is None else get_arch_specific_configs(arch, kernel_type)
-    named_args = {"token_bucket": tokens, "num_expert_sqrt": num_expert_sqrt, "num_experts_per_token": k}
-    kept = configs._prune(space, named_args, num_warps=4)
+def test_pruning_keeps_what_fits_or_the_smallest(kernel_type, space, tokens, num_expert_sqrt, k):
+    candidates = get_configs(space, kernel_type)
+    kept = pruned(candidates, kernel_type, tokens, num_expert_sqrt, k)
     padded = {
         "TILE_M": tokens,
         "TILE_N": 1 << (num_expert_sqrt**2 - 1).bit_length(),
         "TILE_K": 1 << (k - 1).bit_length(),
     }
     for tile in TILES[kernel_type]:
-        sizes = {config.kwargs[tile] for config in space}
-        assert {config.kwargs[tile] for config in kept} == ({s for s in sizes if s <= padded[tile]} or {min(sizes)})
-    assert {(c.num_warps, c.num_stages) for c in kept} == {(c.num_warps, c.num_stages) for c in space}
+        sizes = {config.kwargs[tile] for config in candidates}
+        allowed = {size for size in sizes if size <= padded[tile]} or {min(sizes)}
+        assert {config.kwargs[tile] for config in kept} <= allowed
+        if kernel_type != "fwd" or num_expert_sqrt < 128:  # beyond it no tile fits, and one is kept all the same
+            assert {config.kwargs[tile] for config in kept} == allowed
+    assert [config for config in candidates if config in kept] == kept != []
+
+
+def test_pruning_drops_tiles_larger_than_the_registers(monkeypatch):
+    monkeypatch.setattr(configs, "REGISTERS", 32 * 255)
+
+    def warps(kernel_type, num_expert_sqrt, **tiles):
+        kept = pruned(get_configs("general", kernel_type), kernel_type, 1024, num_expert_sqrt, 64)
+        return sorted({config.num_warps for config in kept if config.kwargs.items() >= tiles.items()})
+
+    assert warps("fwd", 64) == [2, 4, 8]  # 4096 keys
+    assert warps("fwd", 100) == [4, 8]  # 16384 keys: 256 a thread of two warps
+    assert warps("fwd", 300) == [8]  # no number fits: the most there are
+    assert warps("fwd_split", 256, TILE_N=16384) == [4, 8]
+    assert warps("bwd", 256, TILE_M=256, TILE_K=64) == [4, 8]
+    assert warps("bwd", 256, TILE_M=128, TILE_K=64) == [2, 4, 8]
+
+
+def test_pruning_keeps_one_number_of_stages_on_nvidia_gpus(monkeypatch):
+    def stages(space):
+        return {config.num_stages for config in pruned(get_configs(space, "fwd"), "fwd", 1024, 64, 16)}
+
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert stages("general") == {1}
+    assert stages("cuda:sm90") == {3}
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert stages("general") == {1, 2, 3}
 
 
 def test_tuning_key():
@@ -143,7 +197,7 @@ def test_a_new_token_count_neither_tunes_nor_compiles(route, monkeypatch):
     def fail(*_, **__):
         raise AssertionError("compiled or tuned again")
 
-    monkeypatch.setattr(configs, "_bench", fail)
+    monkeypatch.setattr("triton.testing.do_bench", fail)
     monkeypatch.setattr("triton.compiler.compile", fail)
     monkeypatch.setattr("triton.runtime.jit.JITFunction._do_compile", fail)
     for num_tokens in (65, 101, 112, 128):
@@ -152,16 +206,66 @@ def test_a_new_token_count_neither_tunes_nor_compiles(route, monkeypatch):
 
 def test_a_configuration_the_compiler_gives_up_on_loses(monkeypatch):
     def raising(error):
-        def do_bench(launch, quantiles):
+        def do_bench(launch, quantiles, **_):
             raise error
 
         monkeypatch.setattr("triton.testing.do_bench", do_bench)
 
+    trials = configs._Trials(forward.forward_kernel, "fwd")
     raising(RuntimeError("PassManager::run failed"))
-    assert configs._bench(None, (0.5, 0.2, 0.8)) == [float("inf")] * 3
+    assert trials.bench(None, (0.5, 0.2, 0.8)) == [float("inf")] * 3
     raising(RuntimeError("out of memory"))
     with pytest.raises(RuntimeError, match="out of memory"):
-        configs._bench(None, (0.5, 0.2, 0.8))
+        trials.bench(None, (0.5, 0.2, 0.8))
+
+
+def test_candidates_are_compiled_together_before_the_first_is_timed(monkeypatch):
+    events = []
+    monkeypatch.setattr(configs, "compile_all", lambda *args: events.append(args))
+    monkeypatch.setattr("triton.testing.do_bench", lambda launch, **_: events.append(launch))
+    trials = configs._Trials(forward.forward_kernel, "fwd")
+    named_args = {"num_expert_sqrt": 64, "num_experts_per_token": 16, "token_bucket": 1024}
+    kept = trials.prune(get_configs("general", "fwd"), named_args, grid=(1,), warmup=False, TILE_N=64)
+    assert events == []  # the result may be on disk
+    for launch in ("first", "second"):
+        trials.bench(launch, (0.5, 0.2, 0.8))
+    assert events == [(forward.forward_kernel, kept, [64, 16, 1024], {"TILE_N": 64}), "first", "second"]
+
+
+# For a process whose Triton is no interpreter, and a GPU that is not there. A tile of 17 columns fails to compile.
+COMPILE = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from omni_kernels import configs, forward
+
+
+class Driver:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+triton.runtime.driver.set_active(Driver())
+args = [torch.float32, torch.float32, torch.float32, torch.int32, 16, 1, 16, 1, 64, 16, 2, 64]
+candidates = [configs.get_configs("general", "fwd")[index] for index in (0, 3, 9)]
+configs.compile_all(forward.forward_kernel, candidates, args, {"TILE_N": 16})
+configs.compile_all(forward.forward_kernel, candidates[:1], args, {"TILE_N": 17})
+compiled = list(forward.forward_kernel.device_caches[0][0].values())
+print(sum(hasattr(kernel, "asm") for kernel in compiled))
+"""
+
+
+def test_compiling_together_compiles_all_and_ignores_what_fails(tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["3"]
 
 
 def test_importing_needs_no_gpu_and_tunes_nothing():

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 import triton
-from cases import adversarial_logits, assert_same_bits
-from ptx import Thread, parse
+from cases import NAN, adversarial_logits, assert_same_bits
+from ptx import parse, run_warp
 from triton.backends.compiler import GPUTarget
 
 from omni_kernels import factored_router
@@ -54,27 +54,22 @@ def programs(tmp_path_factory):
     return [parse(ptx) for ptx in json.loads(run.stdout)]
 
 
-def to_bytes(tensor):
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def run_token(program, x, y, k, tile_n):
-    """Scores and indices of one token, as a thread finds them."""
-    tiles = [to_bytes(tile) for row in (x, y) for tile in row.split(tile_n or len(row))]
-    memory = {X: to_bytes(x), Y: to_bytes(y)}
-    stored = Thread(program, memory, [X, Y, SCORES, INDICES, len(x), len(y), 1], tiles).run()
-    scores = bytearray(stored.pop(SCORES + i) for i in range(k * x.element_size()))
-    indices = bytearray(stored.pop(INDICES + i) for i in range(k * 4))
-    assert not stored, "a thread stores its own outputs alone"
-    return torch.frombuffer(scores, dtype=x.dtype), torch.frombuffer(indices, dtype=torch.int32)
+def run_kernel(program, x, y, k, tokens_per_warp=32):
+    """Scores and indices of all tokens."""
+    scores, indices = torch.full((len(x), k), NAN, dtype=x.dtype), torch.full((len(x), k), -1, dtype=torch.int32)
+    tensors = {X: x, Y: y, SCORES: scores, INDICES: indices}
+    memory = {address: tensor.view(torch.uint8).numpy().reshape(-1) for address, tensor in tensors.items()}
+    for program_id in range(triton.cdiv(len(x), tokens_per_warp)):
+        run_warp(program, [*tensors, x.stride(0), y.stride(0), len(x)], memory, program_id=program_id)
+    return scores, indices
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=["-".join(map(str, case)) for case in CASES])
 def test_every_kind_of_token(case, programs):
-    dtype, num_expert_sqrt, k, tile_n, _, _ = CASES[case]
-    x, y = adversarial_logits(num_expert_sqrt, TYPES[dtype], "cpu")
-    results = [run_token(programs[case], *token, k, tile_n) for token in zip(x, y, strict=True)]
-    assert_same_bits([torch.stack(part) for part in zip(*results, strict=True)], factored_router(x, y, k))
+    dtype, num_expert_sqrt, k, *_ = CASES[case]
+    x, y = adversarial_logits(num_expert_sqrt, TYPES[dtype], repeats=4)
+    assert len(x) % 32 != 0, "these tokens do not test a warp that is not full"
+    assert_same_bits(run_kernel(programs[case], x, y, k), factored_router(x, y, k))
 
 
 if __name__ == "__main__":

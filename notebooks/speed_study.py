@@ -1,0 +1,799 @@
+"""What notebook 03 measures and draws: the rivals, the rungs of the ladder, the measured tables and their pictures.
+
+The floor of a case is the time its logits, scores and indices take at the speed of a copy, measured in the same run.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import tables
+import torch
+import triton
+import triton.testing
+from routing_study import BLUE, GREEN, ORANGE, RED, save_figure
+from triton.runtime.autotuner import Autotuner
+
+from omni_kernels import (
+    brute_force_router,
+    factored,
+    factored_router,
+    lanes,
+    omni_router,
+    triton_omni_router_func,
+    triton_omni_router_func_optimized,
+)
+from omni_kernels.configs import get_device
+
+NOTEBOOKS = pathlib.Path(__file__).resolve().parent
+
+Case = collections.namedtuple("Case", ["num_tokens", "num_expert_sqrt", "k", "dtype"])
+Rival = collections.namedtuple("Rival", ["route", "family", "why"])  # route(x, y, k) -> scores, indices
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+COLORS = {"all N² sums": RED, "compositions": ORANGE, "factored kernels": BLUE, "omni_router": GREEN}
+GRAPH_UP_TO = 16384  # tokens: below, a launch from Python would hide the kernel, so a CUDA graph is timed
+QUANTILES = {"us": 0.5, "us_10": 0.1, "us_90": 0.9}
+SUMS_AT_ONCE = 1 << 30  # 4 GiB of fp32
+WORKERS, PARTS = 14, 4  # processes that compile, and those of them that share the configurations of a tuned kernel
+
+# --- rivals ---
+
+
+@triton.jit
+def empty_kernel():
+    pass
+
+
+def pytorch_all_sums(x, y, k):
+    """`topk` of all N² sums, as many tokens at a time as SUMS_AT_ONCE allows."""
+    num_expert_sqrt = x.shape[1]
+    slice_size = max(1, SUMS_AT_ONCE // num_expert_sqrt**2)
+    parts = [
+        (part_x.float()[:, :, None] + part_y.float()[:, None, :]).flatten(1).topk(k)
+        for part_x, part_y in zip(x.split(slice_size), y.split(slice_size), strict=True)
+    ]
+    return torch.cat([part.values for part in parts]).to(x.dtype), torch.cat([part.indices.int() for part in parts])
+
+
+def product_keys(x, y, k, topk):
+    """What product-key memories do: the k best of each factor, then of the square of their sums."""
+    count = min(k, x.shape[1])
+    best_x, rows = topk(x, count)
+    best_y, columns = topk(y, count)
+    scores, pairs = topk((best_x.float()[:, :, None] + best_y.float()[:, None, :]).flatten(1), k)
+    row, column = rows.gather(1, pairs.long() // count), columns.gather(1, pairs.long() % count)
+    return scores.to(x.dtype), (row * x.shape[1] + column).int()
+
+
+def quack_factored(x, y, k):
+    """The same on QuACK's top-k, for powers of two."""
+    from quack.topk import topk_fwd  # only few have it
+
+    return _compiled_product_keys()(x, y, k, topk_fwd)
+
+
+@functools.cache
+def _compiled_product_keys():
+    torch._dynamo.config.recompile_limit = 64  # one for each case; beyond the limit it would silently run uncompiled
+    return torch.compile(product_keys, dynamic=False)
+
+
+class Changed:
+    """A kernel whose every launch has some constants changed."""
+
+    def __init__(self, kernel, constants):
+        self.kernel, self.constants, self.launched = kernel, constants, False
+
+    def __getitem__(self, grid):
+        self.launched = True
+        return lambda *args, **constants: self.kernel[grid](*args, **constants | self.constants)
+
+
+@contextlib.contextmanager
+def _replaced(module, **values):
+    before = {name: getattr(module, name) for name in values}
+    vars(module).update(values)
+    try:
+        yield
+    finally:
+        vars(module).update(before)
+
+
+def tile_rung(**constants):
+    """The kernel that gives a token to a warp (factored.py), with some of its ideas turned off."""
+    kernel = Changed(factored.factored_kernel, constants)
+
+    def route(x, y, k):
+        with _replaced(lanes, runs_on=lambda *_: False), _replaced(factored, factored_kernel=kernel):
+            return _launched(kernel, factored.factored_forward(x, y, k))
+
+    return route
+
+
+def lanes_rung(**constants):
+    """The kernel that gives a row to a lane (lanes.py), with some of its ideas turned off."""
+    kernel = Changed(lanes.lanes_kernel, constants)
+
+    def route(x, y, k):
+        with _replaced(lanes, lanes_kernel=kernel):
+            return _launched(kernel, lanes.lanes_forward(x, y, k))
+
+    return route
+
+
+def _launched(kernel, result):
+    if not kernel.launched:
+        raise RuntimeError("the launcher chose another kernel than the rung's")
+    return result
+
+
+ALL_SUMS, FACTORED, COMPILED = "PyTorch, all N² sums", "PyTorch, factored", "PyTorch, factored, compiled"
+QUACK, ORIGINAL, OPTIMIZED, OMNI = "QuACK top-k, compiled", "original kernels", "optimized kernels", "omni_router"
+
+# In the order of the ladder. A rung says what is new in it.
+RIVALS = {
+    ALL_SUMS: Rival(pytorch_all_sums, "all N² sums", "Writes every sum to memory, then reads them to select."),
+    ORIGINAL: Rival(
+        lambda x, y, k: triton_omni_router_func(x, y, x.shape[1], k),
+        "all N² sums",
+        "Sums stay on the chip; each of the k rounds still looks at all of them.",
+    ),
+    OPTIMIZED: Rival(
+        lambda x, y, k: triton_omni_router_func_optimized(x, y, x.shape[1], k),
+        "all N² sums",
+        "Coordinates once, loads coalesced, a tile costs a round only where it beats the running best.",
+    ),
+    FACTORED: Rival(
+        lambda x, y, k: product_keys(x, y, k, torch.topk),
+        "compositions",
+        "Only the k best of each factor can win: k² sums instead of N², selected by the library.",
+    ),
+    COMPILED: Rival(
+        lambda x, y, k: _compiled_product_keys()(x, y, k, torch.topk),
+        "compositions",
+        "Sums, gathers and casts fused by torch.compile; the selections are the library's.",
+    ),
+    QUACK: Rival(
+        quack_factored,
+        "compositions",
+        "The same on a public top-k kernel in CuTe, which hides the column in the value's low bits.",
+    ),
+    "one kernel": Rival(
+        tile_rung(CHUNK=1, INDEX_BITS=32, NUM_CANDIDATES=256),
+        "factored kernels",
+        "A warp takes a token from logits to results, nothing is stored in between; room for all k² pairs.",
+    ),
+    "staircase": Rival(
+        tile_rung(CHUNK=1, INDEX_BITS=32),
+        "factored kernels",
+        "Pairs of ranks with a·b > k cannot win: fewer places to sort.",
+    ),
+    "packed keys": Rival(
+        tile_rung(CHUNK=1), "factored kernels", "Value and column of a 16-bit logit share one 32-bit integer."
+    ),
+    "chunk maxima": Rival(
+        tile_rung(),
+        "factored kernels",
+        "The k best lie in the k chunks with the largest maxima: those are sorted, then what is in them.",
+    ),
+    "a row a lane": Rival(
+        lanes_rung(TILE_N=0, CHUNK=1, VECTOR=0, STAGED=False, FP64=False),
+        "factored kernels",
+        "Sorting networks in a lane's own registers; a token's two lanes meet only for the pairs.",
+    ),
+    "vector loads": Rival(
+        lanes_rung(CHUNK=1, STAGED=False, FP64=False), "factored kernels", "A lane reads 16 bytes of its row at a time."
+    ),
+    "staged rows": Rival(
+        lanes_rung(CHUNK=1, FP64=False),
+        "factored kernels",
+        "A warp copies its rows together into shared memory, in whole cache lines.",
+    ),
+    "chunk maxima in a lane": Rival(
+        lanes_rung(FP64=False), "factored kernels", "The maxima first, here too; two logits of 16 bits at once."
+    ),
+    "keys as doubles": Rival(
+        lanes_rung(),
+        "factored kernels",
+        "Keys of 64 bits that order as doubles are compared by a unit that is otherwise idle.",
+    ),
+    OMNI: Rival(omni_router, "omni_router", "What people call: the kernel it chooses, its checks, and autograd."),
+}
+RUNGS = [name for name, rival in RIVALS.items() if rival.family == "factored kernels"]
+
+# --- what is measured ---
+
+MAIN = Case(65536, 256, 16, "bf16")
+FP32 = MAIN._replace(dtype="fp32")
+TARGETS = {
+    MAIN: [COMPILED, QUACK], MAIN._replace(dtype="fp16"): [QUACK], FP32: [COMPILED, QUACK],
+    Case(1048576, 256, 16, "bf16"): [QUACK], Case(1048576, 256, 8, "bf16"): [QUACK],
+    Case(262144, 1024, 16, "bf16"): [QUACK], Case(16384, 4096, 16, "bf16"): [],
+    Case(65536, 64, 16, "bf16"): [QUACK], Case(65536, 128, 16, "bf16"): [], Case(65536, 100, 10, "bf16"): [],
+    MAIN._replace(k=32): [QUACK], MAIN._replace(k=64): [], MAIN._replace(k=128): [],
+    **{MAIN._replace(num_tokens=t): [] for t in (1, 128, 1024, 4096, 16384)},
+}  # fmt: skip
+
+
+def _against(size, powers, some):
+    """Cases that differ in one size, a power of two. PyTorch and omni_router run in all of them, the rivals of `some`,
+    which are slow or slow to compile, at the sizes it gives."""
+    return [
+        (MAIN._replace(**{size: 1 << power}), [*(name for name in some if 1 << power in some[name]), FACTORED, OMNI])
+        for power in powers
+    ]
+
+
+# The timed tables: cases, each with its rivals.
+TIMED = {
+    "ladder": [(MAIN, list(RIVALS))],
+    "targets": [(case, [FACTORED, *some, OMNI]) for case, some in TARGETS.items()],
+    "against_tokens": _against("num_tokens", range(21), {
+        ALL_SUMS: (1, 16, 1024, 65536), ORIGINAL: (1, 16, 1024, 65536), OPTIMIZED: (1, 16, 1024, 65536),
+        QUACK: (1024, 65536, 1048576),
+    }),
+    "against_size": _against("num_expert_sqrt", range(4, 13), {
+        ORIGINAL: (64, 256), OPTIMIZED: (64, 256), QUACK: (64, 256, 1024),
+    }),
+    "against_k": _against("k", range(9), {ORIGINAL: (16,), OPTIMIZED: (16,), QUACK: (8, 16, 32)}),
+    "guide": [(Case(1024, size, k, "bf16"), [ORIGINAL, OPTIMIZED, OMNI]) for size in (64, 128, 256) for k in (16, 32)],
+}  # fmt: skip
+MEMORY = [(Case(1024, 1 << power, 16, "bf16"), [ALL_SUMS, FACTORED, OMNI]) for power in range(4, 13)]
+FIRST_CALLS = [
+    (OMNI, Case(16, 256, 16, "bf16")), (OMNI, MAIN), (OMNI, FP32), (OMNI, MAIN._replace(k=128)),
+    (ORIGINAL, Case(1024, 64, 16, "bf16")), (OPTIMIZED, Case(1024, 64, 16, "bf16")),
+]  # fmt: skip
+TABLES = TIMED | {"memory": MEMORY, "first_calls": FIRST_CALLS}
+GUIDE_EXPECTS = {64: (10, 20), 128: (15, 25), 256: (20, 35)}  # percent
+
+
+def logits(case):
+    """The two factors of a case: normal, from a fixed seed."""
+    generator = torch.Generator(get_device()).manual_seed(0)
+    shape = case.num_tokens, case.num_expert_sqrt
+    return tuple(
+        torch.randn(shape, device=generator.device, generator=generator).to(DTYPES[case.dtype]) for _ in range(2)
+    )
+
+
+def num_bytes(case):
+    """What a forward pass has to move: two rows of logits in, k scores and k indices (int32) out, for every token."""
+    size = DTYPES[case.dtype].itemsize
+    return case.num_tokens * (2 * case.num_expert_sqrt * size + case.k * (size + 4))
+
+
+def floor_us(case, bandwidth_gbs):
+    return num_bytes(case) / bandwidth_gbs / 1e3
+
+
+def examined(rival, num_expert_sqrt, k):
+    """How many values of a token a rival looks at: logits and sums."""
+    best = min(k, num_expert_sqrt)
+    if RIVALS[rival].family == "all N² sums":
+        return num_expert_sqrt**2
+    if RIVALS[rival].family == "compositions":
+        return 2 * num_expert_sqrt + best**2
+    return 2 * num_expert_sqrt + sum(min(best, k // rank) for rank in range(1, best + 1))
+
+
+# --- measuring ---
+
+
+def measure(again="OMNI_AGAIN" in os.environ):
+    """Measure the tables this GPU has no rows of, with these versions and this source; all of them with `again`.
+
+    Returns:
+        {table: what was done about it}.
+    """
+    if not torch.cuda.is_available():
+        return dict.fromkeys(TABLES, "not measured: no GPU here")
+    work = {table: cases for table, cases in TABLES.items() if again or tables.measured_here(table).empty}
+    _compile_ahead([pair for table in work if table != "first_calls" for pair in work[table]])
+    done = dict.fromkeys(TABLES, "measured before")
+    for table in work:
+        start = time.perf_counter()
+        rows = {"memory": memory_rows, "first_calls": first_call_rows}.get(table, timed_rows)
+        tables.append(table, rows(work[table]))
+        done[table] = f"measured now, in {time.perf_counter() - start:.0f} s"
+    return done
+
+
+def timed_rows(work):
+    """The rows of a timed table: every rival of a case on the same logits."""
+    rows = []
+    for case, names in work:
+        x, y = logits(case)
+        want = reference(x, y, case.k)
+        method = "graph" if case.num_tokens <= GRAPH_UP_TO else "do_bench"
+        known = {**case._asdict(), "method": method, "floor_us": floor_us(case, limits()["bandwidth_gbs"]), **limits()}
+        unknown = dict.fromkeys([*QUANTILES, "check", "error"])
+        for name in names:
+            rows.append({"rival": name, **known, **unknown, **attempt(timed, name, method, x, y, case.k, want)})
+    return rows
+
+
+def timed(name, method, x, y, k, want):
+    """A rival's times and how its result compares; what the first call compiles and tunes is not timed."""
+    route = RIVALS[name].route
+    check = compare(route(x, y, k), want, x, y)
+    return {**dict(zip(QUANTILES, time_us(lambda: route(x, y, k), method), strict=True)), "check": check}
+
+
+def attempt(function, *args):
+    """What function(*args) returns, or a row that says how it failed."""
+    try:
+        return function(*args)
+    except ImportError as error:
+        return {"error": f"not installed: {error.name}"}
+    except Exception as error:
+        torch.cuda.synchronize()  # a fault that took the GPU with it must not become a row
+        torch.cuda.empty_cache()
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:120]}
+
+
+def time_us(call, method):
+    """The quantiles of a call's time in microseconds."""
+    if method == "graph":
+        times = triton.testing.do_bench_cudagraph(call, rep=5, quantiles=list(QUANTILES.values()))
+    else:
+        times = triton.testing.do_bench(call, warmup=5, rep=30, quantiles=list(QUANTILES.values()))
+    return [1e3 * ms for ms in times]
+
+
+@functools.cache
+def limits():
+    """What no kernel can beat here: the bytes a copy reads and writes (GB/s, no cache holds them), an empty kernel."""
+    source = torch.ones(1 << 29, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    copy_us = time_us(lambda: target.copy_(source), "do_bench")[0]
+    empty_us = time_us(lambda: empty_kernel[(1,)](), "graph")[0]
+    return {"bandwidth_gbs": 2 * len(source) / copy_us / 1e3, "empty_us": empty_us}
+
+
+def reference(x, y, k):
+    """What every result is compared with: `factored_router`'s, itself compared with the definition on a sample."""
+    want = factored_router(x, y, k)
+    count = min(len(x), max(1, (1 << 24) // x.shape[1] ** 2))
+    sample = torch.linspace(0, len(x) - 1, count, device=x.device).round().long()
+    some_x, some_y, some = x[sample], y[sample], tuple(part[sample] for part in want)
+    if compare(some, brute_force_router(some_x, some_y, k), some_x, some_y) == "inexact":
+        raise RuntimeError("factored_router does not agree with the definition")
+    return want
+
+
+def compare(got, want, x, y):
+    """How a result compares with the right one.
+
+    Returns:
+        "equal": the same scores and experts. "ties": the same scores, and experts that have them, but where scores are
+        equal it chose or ordered the experts differently. "inexact": anything else.
+    """
+    scores, experts = got[0], got[1].long()
+    if torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]):
+        return "equal"
+    num_expert_sqrt = x.shape[1]
+    if not torch.equal(scores, want[0]) or experts.min() < 0 or experts.max() >= num_expert_sqrt**2:
+        return "inexact"
+    sums = x.gather(1, experts // num_expert_sqrt).float() + y.gather(1, experts % num_expert_sqrt).float()
+    distinct = (experts.sort(1).values.diff(dim=1) > 0).all()
+    return "ties" if distinct and torch.equal(sums.to(scores.dtype), scores) else "inexact"
+
+
+def memory_rows(work):
+    """The rows of the memory table: the most a call had allocated at a time, its results included, its logits not."""
+    rows = []
+    for case, names in work:
+        x, y = logits(case)
+        known = {**case._asdict(), "results_bytes": case.num_tokens * case.k * (x.itemsize + 4)}
+        unknown = dict.fromkeys(["peak_bytes", "error"])
+        for name in names:
+            rows.append({"rival": name, **known, **unknown, **attempt(peak_bytes, RIVALS[name].route, x, y, case.k)})
+    return rows
+
+
+def peak_bytes(route, x, y, k):
+    route(x, y, k)  # what is allocated once, such as a library's workspace, is not the call's
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    route(x, y, k)
+    torch.cuda.synchronize()
+    return {"peak_bytes": torch.cuda.max_memory_allocated() - before}
+
+
+def first_call_rows(work):
+    """The rows of the first-call table: fresh processes, all cases at a time, once with an empty cache on disk and once
+    with what that left there."""
+    rows, unknown = [], dict.fromkeys(["first_s", "other_count_s", "other_count_compiled", "error"])
+    with tempfile.TemporaryDirectory() as folder:
+        for cache in ("cold", "warm"):
+            processes = [
+                _start_first_call(name, case, f"{folder}/{number}") for number, (name, case) in enumerate(work)
+            ]
+            for process, (name, case) in zip(processes, work, strict=True):
+                output, fault = process.communicate()
+                failed = process.returncode != 0
+                last = ((fault if failed else output).strip().splitlines() or ["no output"])[-1]
+                found = {"error": last[:120]} if failed else json.loads(last)
+                rows.append({"rival": name, **case._asdict(), "cache": cache, **unknown, **found})
+    return rows
+
+
+def _start_first_call(name, case, cache):
+    program = f"import speed_study; speed_study.first_call({name!r}, speed_study.{case!r})"
+    environment = os.environ | {"TRITON_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join(sys.path)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", program], cwd=NOTEBOOKS, env=environment, **pipes)
+
+
+def first_call(name, case):
+    """Print how long this process's first call takes, and a call with another token count, which no kernel has seen."""
+
+    def seconds(x, y):
+        start = time.perf_counter()
+        RIVALS[name].route(x, y, case.k)
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def num_compiled():
+        return len(os.listdir(triton.knobs.cache.dir)) if os.path.isdir(triton.knobs.cache.dir) else 0
+
+    many, fewer = logits(case), logits(case._replace(num_tokens=case.num_tokens // 2 + 1))
+    torch.cuda.synchronize()
+    first = seconds(*many)
+    compiled = num_compiled()
+    other = seconds(*fewer)
+    print(json.dumps({"first_s": first, "other_count_s": other, "other_count_compiled": num_compiled() - compiled}))
+
+
+def _compile_ahead(work):
+    """Compile what the cases of some tables will launch, in many processes, which share Triton's cache on disk.
+
+    What fails here fails again, and is recorded, when it is measured. Meanwhile this process compiles what only it can.
+    """
+    pairs = list(dict.fromkeys((name, case) for case, names in work for name in names))
+    jobs = collections.defaultdict(list)
+    for name, case in pairs:
+        for part in range(PARTS if name in (ORIGINAL, OPTIMIZED) else name in (OMNI, *RUNGS)):
+            jobs[name, case[1:], part].append(case)  # one job: few of its token counts need a kernel of their own
+    if not jobs:
+        return
+    workers = min(WORKERS, len(jobs), max(1, torch.cuda.mem_get_info()[0] >> 31))  # a process takes half a GiB or more
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        for (name, _, part), cases in sorted(jobs.items(), key=lambda job: -len(job[1])):
+            pool.submit(_compile_job, name, sorted(cases), part)
+        for name, case in pairs:
+            if name in (COMPILED, QUACK):
+                attempt(RIVALS[name].route, *logits(case), case.k)
+
+
+def _compile_job(name, cases, part):
+    """Compile a rival for some cases; of what it would tune, every PARTS-th configuration, and without timing any."""
+
+    def compile_configurations(tuner, *args, warmup, **kwargs):
+        tuner.nargs = dict(zip(tuner.arg_names, args, strict=False))
+        for config in tuner.prune_configs(kwargs)[part::PARTS]:
+            attempt(functools.partial(tuner.fn.warmup, *args, **kwargs, **config.all_kwargs()))
+
+    Autotuner.run = compile_configurations
+    for case in cases:
+        shape = case.num_tokens, case.num_expert_sqrt
+        x, y = (torch.zeros(shape, dtype=DTYPES[case.dtype], device="cuda") for _ in range(2))
+        attempt(RIVALS[name].route, x, y, case.k)
+
+
+# --- reading the tables ---
+
+CASE = list(Case._fields)
+NO_RESULTS = "No measurement is recorded yet."
+
+
+def latest(table):
+    """The rows of a table to show: of each GPU those of its last run, H100s first. Empty where nobody measured."""
+    rows = tables.read(table)
+    if rows.empty:
+        return rows
+    rows = rows.merge(rows.drop_duplicates("gpu", keep="last")[tables.SETTING], on=tables.SETTING)
+    rows = rows.drop_duplicates(["gpu", "rival", *CASE, *rows.columns.intersection(["cache"])], keep="last")
+    order = rows.gpu.map(lambda gpu: ("H100" not in gpu, gpu))
+    return rows.assign(gpu_order=order).sort_values("gpu_order", kind="stable").drop(columns="gpu_order")
+
+
+def _groups(rows, columns):
+    return rows.groupby(columns, sort=False) if len(rows) else ()
+
+
+def told(table, tell):
+    """The last run of a table on every GPU, as `tell` writes its rows: Markdown."""
+    return "\n\n".join(f"{describe(rows)}:\n\n{tell(rows)}" for _, rows in _groups(latest(table), "gpu")) or NO_RESULTS
+
+
+def show(name, draw, *wanted):
+    """Draw the last run of some tables on every GPU, and keep the picture by name."""
+    rows = [latest(table) for table in wanted]
+    if all(map(len, rows)):
+        save_figure(draw(pd.concat(rows)), name)
+    else:
+        print(NO_RESULTS)
+
+
+def markdown(header, lines):
+    """A table; numbers go to the right."""
+    numeric = [all(str(line[i])[:1].isdigit() or line[i] in ("", "–") for line in lines) for i in range(len(header))]
+    rule = ["---:" if right else "---" for right in numeric]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [header, rule, *lines])
+
+
+def share(floor, us):
+    """The share of the floor's speed."""
+    percent = 100 * floor / us
+    return "–" if us != us else f"{percent:.0f}%" if percent >= 10 else f"{percent:.2g}%"
+
+
+def microseconds(us):
+    """Three digits, or all there are before the point."""
+    if us != us:
+        return "–"
+    return f"{us:,.0f}" if us >= 100 else f"{us:.3g}"
+
+
+def ladder_table(rows):
+    """The ladder of one GPU: each rung's time, how many times faster it is than the one above it in the list, its share
+    of the floor's speed, how its result compares, and what is new in it."""
+    lines, before = [], math.nan
+    for row in rows.itertuples():
+        why = RIVALS[row.rival].why
+        if row.us == row.us:
+            step = f"{before / row.us:.3g}×" if before == before else "–"
+            lines.append((row.rival, microseconds(row.us), step, share(row.floor_us, row.us), row.check, why))
+            before = row.us
+        else:
+            lines.append((row.rival, "–", "–", "–", row.error, why))
+    return markdown(["rung", "µs", "faster than the rung before", "of the floor's speed", "result", "why"], lines)
+
+
+def targets_table(rows):
+    """omni_router of one GPU over all cases: its time, its share of the floor's speed, and the other rivals' times."""
+    lines = []
+    for case, group in rows.groupby(CASE, sort=False):
+        times = group.set_index("rival").us
+        ours, floor = times[OMNI], group.floor_us.iloc[0]
+        others = times.drop(OMNI).dropna()
+        best = f"{others.idxmin()}, {others.min() / ours:.3g}×" if len(others) and ours == ours else "–"
+        check = group.set_index("rival").check[OMNI]
+        lines.append((*case, microseconds(floor), microseconds(ours), share(floor, ours), check, best))
+    header = ["tokens", "N", "k", "dtype", "floor, µs", "`omni_router`, µs", "of the floor's speed", "result"]
+    return markdown([*header, "best rival, and how many times its time is"], lines)
+
+
+def guide_table(rows):
+    """Times and speedups over the original kernels, of one GPU, beside what the guide expects of the optimized ones."""
+    lines = []
+    for (size, k), group in rows.groupby(["num_expert_sqrt", "k"], sort=False):
+        times = group.set_index("rival").us
+        gains = [f"{100 * (times[ORIGINAL] / times[name] - 1):+,.0f}%" for name in (OPTIMIZED, OMNI)]
+        low, high = GUIDE_EXPECTS[size]
+        lines.append((f"{size}×{size}", k, *(microseconds(times[n]) for n in (ORIGINAL, OPTIMIZED, OMNI)), *gains,
+                      f"+{low}–{high}%"))  # fmt: skip
+    return markdown(["experts", "k", "original, µs", "optimized, µs", "`omni_router`, µs", "optimized", "`omni_router`",
+                     "the guide expects of optimized"], lines)  # fmt: skip
+
+
+def first_calls_table(rows):
+    lines = []
+    for (name, *case), group in rows.groupby(["rival", *CASE], sort=False):
+        by_cache = group.set_index("cache")
+        seconds = [f"{by_cache.first_s[cache]:.2f}" for cache in ("cold", "warm")]
+        other = by_cache.loc["warm"]
+        lines.append((name, *case, *seconds, f"{1e3 * other.other_count_s:.2f}", f"{other.other_count_compiled:.0f}"))
+    return markdown(["rival", "tokens", "N", "k", "dtype", "empty cache, s", "warm cache, s",
+                     "then another token count, ms", "kernels it compiled"], lines)  # fmt: skip
+
+
+def describe(rows):
+    """On what one GPU's rows were measured."""
+    row = rows.iloc[-1]
+    return f"{row.gpu}, PyTorch {row.torch}, Triton {row.triton}, {row.date}, commit {row.commit}"
+
+
+def distance():
+    """How the way from the first rung to the last divides among the families of rungs, in words."""
+    lines = []
+    for gpu, rows in _groups(latest("ladder"), "gpu"):
+        best = rows.groupby(rows.rival.map(lambda name: RIVALS[name].family), sort=False).us.min().dropna()
+        before, steps = rows.us.dropna().iloc[0], []
+        for family, us in best.items():
+            steps.append(f"{before / us:.3g}× to {family}")
+            before = us
+        lines.append(f"{gpu}: {', '.join(steps)}")
+    return lines or [NO_RESULTS]
+
+
+def losses():
+    """Everything that was measured and is not the best there is, in words."""
+    found = []
+    for table in TIMED:
+        for (gpu, *case), group in _groups(latest(table), ["gpu", *CASE]):
+            times = group.set_index("rival").us.dropna()
+            best = times.idxmin() if OMNI in times else OMNI
+            if best != OMNI:
+                slower = f"{times[OMNI] / times[best]:.3g} times the time of “{best}”"
+                found.append(f"{gpu}, {' '.join(map(str, case))}: omni_router takes {slower}")
+    for gpu, rows in _groups(latest("ladder"), "gpu"):
+        climbed = rows.dropna(subset="us")
+        for before, rung in itertools.pairwise(climbed.itertuples()):
+            if rung.us > before.us:
+                found.append(f"{gpu}: “{rung.rival}” is slower than “{before.rival}”, the rung before it")
+    for (gpu, size, k), group in _groups(latest("guide"), ["gpu", "num_expert_sqrt", "k"]):
+        times = group.set_index("rival").us
+        if times[ORIGINAL] / times[OPTIMIZED] < 1 + GUIDE_EXPECTS[size][0] / 100:
+            found.append(f"{gpu}: the optimized kernels gain less than the guide expects at {size}×{size}, k = {k}")
+    return list(dict.fromkeys(found))
+
+
+# --- README ---
+
+README = NOTEBOOKS.parent / "README.md"
+MARKS = "<!-- results: filled by notebooks/study.py --readme -->", "<!-- end of results -->"
+
+
+def with_results(text):
+    """README's text with the results in their place: for every GPU what omni_router takes in each case."""
+    before, rest = text.split(MARKS[0])
+    return f"{before}{MARKS[0]}\n\n{told('targets', targets_table)}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+
+
+def fill_readme():
+    README.write_text(with_results(README.read_text()))
+
+
+# --- pictures ---
+
+
+def draw_ladder(rows):
+    """A bar for every rung, its time on a log scale, and the floor; a column of bars for every GPU."""
+    rows = rows.dropna(subset="us")
+    figure, panels = _panels(rows, width=7.5, height=5.6)
+    for axes, (gpu, group) in zip(panels, _groups(rows, "gpu"), strict=True):
+        places = np.arange(len(group))
+        axes.barh(places, group.us, color=[COLORS[RIVALS[name].family] for name in group.rival], height=0.75)
+        for place, row in zip(places, group.itertuples(), strict=True):
+            text = f" {microseconds(row.us)} µs, {share(row.floor_us, row.us)}"
+            axes.text(row.us, place, text, va="center", fontsize=9)
+        floor = group.floor_us.iloc[0]
+        axes.axvline(floor, color="black", linestyle="--", linewidth=1.2)
+        axes.text(floor, -0.75, "floor ", ha="right", va="center", fontsize=9)
+        axes.set(xscale="log", xlim=(floor / 3, group.us.max() * 8), xlabel="µs, share of the floor's speed", title=gpu)
+        axes.set_yticks(places, group.rival)
+        axes.set_ylim(len(group) - 0.4, -1.2)
+        axes.grid(False, axis="y")
+    families = dict.fromkeys(RIVALS[name].family for name in rows.rival)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=COLORS[family]) for family in families]
+    panels[0].legend(handles, families, loc="lower right", fontsize=9)
+    return _finish(figure)
+
+
+STYLES = {
+    ALL_SUMS: (RED, "v", ":"), ORIGINAL: (RED, "o", "-"), OPTIMIZED: (RED, "s", "--"), FACTORED: (ORANGE, "o", "-"),
+    COMPILED: (ORANGE, "s", "--"), QUACK: (ORANGE, "^", ":"), OMNI: (GREEN, "o", "-"),
+}  # fmt: skip
+
+
+def draw_against(rows, column, label):
+    """Time against one size, a line for each rival, and the floor; a panel for every GPU."""
+    figure, panels = _panels(rows, width=7.5, height=5)
+    for axes, (gpu, group) in zip(panels, _groups(rows, "gpu"), strict=True):
+        _draw_lines(axes, group, column, "us")
+        floor = group.drop_duplicates(column).sort_values(column)
+        axes.plot(floor[column], floor.floor_us, color="black", linestyle="--", linewidth=1.2, label="floor")
+        if column == "num_tokens":
+            axes.axhline(floor.empty_us.iloc[0], color="grey", linestyle=":", linewidth=1.2, label="empty kernel")
+        axes.set(xlabel=label, ylabel="µs", title=gpu)
+        axes.legend(fontsize=8)
+    return _finish(figure)
+
+
+def draw_memory(rows):
+    """The memory a call takes against N; its results are the least it can be."""
+    figure, panels = _panels(rows, width=6.5, height=4.2)
+    for axes, (gpu, group) in zip(panels, _groups(rows, "gpu"), strict=True):
+        _draw_lines(axes, group.assign(mebibytes=group.peak_bytes / 2**20), "num_expert_sqrt", "mebibytes")
+        least = group.results_bytes.iloc[0] / 2**20
+        axes.axhline(least, color="black", linestyle="--", linewidth=1.2, label="results alone")
+        axes.set(xlabel="N", ylabel="MiB at the peak, logits not counted", title=gpu)
+        axes.legend(fontsize=8)
+    return _finish(figure)
+
+
+def _draw_lines(axes, rows, column, value):
+    rows = rows.dropna(subset=value)
+    for name in [name for name in STYLES if name in set(rows.rival)]:
+        color, marker, line = STYLES[name]
+        group = rows[rows.rival == name].sort_values(column)
+        axes.plot(group[column], group[value], color=color, marker=marker, linestyle=line, markersize=5, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+
+
+def draw_roofline(rows):
+    """Bytes a second against the values looked at for each byte: the copy is the roof, the diagonals are values a
+    second."""
+    rows = rows.dropna(subset="us").drop_duplicates(["gpu", "rival", *CASE])
+    figure, panels = _panels(rows, width=7, height=5)
+    for axes, (gpu, group) in zip(panels, _groups(rows, "gpu"), strict=True):
+        for name in [name for name in STYLES if name in set(group.rival)]:
+            points = group[group.rival == name]
+            case_bytes = np.array([num_bytes(Case(*case)) for case in points[CASE].itertuples(index=False)])
+            values = [examined(name, n, k) for n, k in zip(points.num_expert_sqrt, points.k, strict=True)]
+            intensity = np.array(values) * points.num_tokens / case_bytes
+            color, marker, _ = STYLES[name]
+            gigabytes = case_bytes / points.us / 1e3
+            axes.scatter(intensity, gigabytes, color=color, marker=marker, s=26, alpha=0.8, label=name)
+        roof = group.bandwidth_gbs.median()
+        axes.axhline(roof, color="black", linestyle="--", linewidth=1.2, label="copy")
+        axes.set(xscale="log", yscale="log", title=gpu, xlabel="logits and sums looked at, for each byte moved",
+                 ylabel="GB/s of logits and results")  # fmt: skip
+        left, right = axes.get_xlim()
+        bottom, top = axes.get_ylim()
+        for power in range(8, 16):
+            axes.plot([left, right], [10.0 ** (power - 9) / left, 10.0 ** (power - 9) / right], color="0.8", zorder=0)
+            if bottom < 10.0 ** (power - 9) / right < top:
+                axes.text(right, 10.0 ** (power - 9) / right, f" $10^{{{power}}}$ values/s", fontsize=8, va="center")
+        axes.set(xlim=(left, right), ylim=(bottom, top))
+        axes.legend(fontsize=8, ncol=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    return _finish(figure)
+
+
+def draw_guide(rows):
+    """Speedup over the original kernels at the guide's sizes, and the range it expects of the optimized ones."""
+    figure, panels = _panels(rows, width=8, height=4.4)
+    for axes, (gpu, group) in zip(panels, _groups(rows, "gpu"), strict=True):
+        labels = []
+        for place, ((size, k), case) in enumerate(group.groupby(["num_expert_sqrt", "k"], sort=False)):
+            times = case.set_index("rival").us
+            low, high = (1 + percent / 100 for percent in GUIDE_EXPECTS[size])
+            for offset, name in ((-0.2, OPTIMIZED), (0.2, OMNI)):
+                speedup = times[ORIGINAL] / times[name]
+                axes.bar(place + offset, speedup, width=0.38, color=STYLES[name][0], label=None if labels else name)
+                top = max(speedup, high) if name == OPTIMIZED else speedup
+                axes.text(place + offset, 1.03 * top, f"{speedup:.3g}×", ha="center", va="bottom", fontsize=9)
+            label = None if labels else "the guide's expectation"
+            axes.fill_between([place - 0.42, place + 0.02], low, high, color="black", alpha=0.45, label=label)
+            labels.append(f"{size}×{size}\nk = {k}")
+        axes.axhline(1, color="black", linewidth=1)
+        axes.set(yscale="log", title=gpu, ylabel="times as fast as the original")
+        axes.set_xticks(range(len(labels)), labels)
+        axes.grid(False, axis="x")
+        axes.margins(y=0.15)
+        axes.legend(fontsize=8)
+    return _finish(figure)
+
+
+def _panels(rows, width, height):
+    count = rows.gpu.nunique()
+    figure, panels = plt.subplots(1, count, figsize=(width * count, height), squeeze=False)
+    return figure, panels[0]
+
+
+def _finish(figure):
+    for axes in figure.axes:
+        sns.despine(ax=axes)
+    figure.tight_layout()
+    return figure

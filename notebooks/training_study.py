@@ -1,0 +1,375 @@
+"""What notebook 04 measures and draws: backward kernels, dtypes to route in, and two training runs.
+
+Times, the floor's bandwidth and the way tables are written are notebook 03's (speed_study.py).
+"""
+
+import contextlib
+import os
+import pydoc_data.topics
+from unittest import mock
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import tables
+import torch
+from routing_study import BLUE, GREEN, ORANGE, RED, save_figure
+from speed_study import (
+    CASE,
+    DTYPES,
+    GRAPH_UP_TO,
+    NO_RESULTS,
+    Case,
+    attempt,
+    describe,
+    limits,
+    markdown,
+    microseconds,
+    share,
+    time_us,
+)
+
+from omni_kernels import backward as kernels
+from omni_kernels import omni_router
+from omni_kernels.original import original_backward
+from omni_kernels.reference import backward_router
+
+SCATTER, ATOMICS, PLAIN, OURS = "PyTorch, scatter_add", "original kernel, atomics", "plain Triton", "shared memory"
+BACKWARDS = {SCATTER: backward_router, ATOMICS: original_backward, PLAIN: kernels.backward, OURS: kernels.backward}
+COLORS = dict(zip(BACKWARDS, (ORANGE, RED, BLUE, GREEN), strict=True))
+BACKWARD_CASES = [
+    Case(65536, 64, 16, "bf16"), Case(65536, 256, 16, "bf16"), Case(65536, 1024, 16, "bf16"),
+    Case(65536, 1024, 64, "bf16"), Case(1048576, 256, 16, "bf16"), Case(1024, 256, 16, "bf16"),
+    Case(65536, 256, 16, "fp32"),
+]  # fmt: skip
+REPEATED = Case(4096, 32, 256, "fp32")  # many slots share a row
+PRECISION_CASES = [Case(16384, n, k, "fp32") for n, k in ((64, 16), (256, 16), (1024, 16), (256, 64))]
+ROUTES = {"fp32": ("fp32", "fp32"), "fp16": ("fp16", "fp16"), "fp16, scores fp32": ("fp16", "fp32"),
+          "bf16": ("bf16", "bf16"), "bf16, scores fp32": ("bf16", "fp32")}  # fmt: skip
+RECORD_EVERY = 5  # training steps
+
+# --- tables ---
+
+
+def missing(table):
+    """Whether this machine has a GPU and has yet to measure a table on it."""
+    return torch.cuda.is_available() and ("OMNI_AGAIN" in os.environ or tables.measured_here(table).empty)
+
+
+def recorded(table, *keys):
+    """The last run of a table on the GPU that was measured last; of rows with the same keys the last one."""
+    rows = tables.read(table)
+    if len(rows):
+        rows = rows.merge(rows[tables.SETTING].tail(1), on=tables.SETTING).drop_duplicates(keys, keep="last")
+    return rows
+
+
+def tell(table, write, *keys):
+    """A recorded table as Markdown, `write(rows)` under a line that says what it was measured on."""
+    rows = recorded(table, *keys)
+    return f"{describe(rows)}:\n\n{write(rows)}" if len(rows) else NO_RESULTS
+
+
+def show(name, draw, table, *keys):
+    """Draw a recorded table and keep the picture by name."""
+    rows = recorded(table, *keys)
+    save_figure(draw(rows), name) if len(rows) else print(NO_RESULTS)
+
+
+# --- the backward kernels ---
+
+
+def backward_problem(case, device, seed=0):
+    """The experts a router selects from normal logits, and gradients of mixed size, so that order shows in the bits."""
+    generator = torch.Generator(device).manual_seed(seed)
+    shape = case.num_tokens, case.num_expert_sqrt
+    logits = (torch.randn(shape, device=device, generator=generator) for _ in range(2))
+    indices = omni_router(*logits, case.k)[1]
+    size, grad = torch.randn(2, case.num_tokens, case.k, device=device, generator=generator)
+    return (grad * 10**size).to(DTYPES[case.dtype]), indices
+
+
+def sequential_sums(grad, indices, num_expert_sqrt):
+    """The definition: slot after slot, in fp32, rounded once. One addition a token at a time has only one order."""
+    sums = grad.new_zeros((2, len(grad), num_expert_sqrt), dtype=torch.float32)
+    for slot in range(grad.shape[1]):
+        expert, value = indices[:, slot : slot + 1].long(), grad[:, slot : slot + 1].float()
+        sums[0].scatter_add_(1, expert // num_expert_sqrt, value)
+        sums[1].scatter_add_(1, expert % num_expert_sqrt, value)
+    return tuple(sums.to(grad.dtype))
+
+
+@contextlib.contextmanager
+def chosen(name):
+    """Inside, `kernels.backward` takes the plain Triton kernels if that is what is named."""
+    if name == PLAIN:
+        with mock.patch.object(kernels, "_runs_ptx", lambda device: False):
+            yield
+    else:
+        yield
+
+
+def same_bits(name, grad, indices, num_expert_sqrt):
+    """How a backward's gradients compare with the definition's."""
+    with chosen(name):
+        got = BACKWARDS[name](grad, indices, num_expert_sqrt)
+    want = sequential_sums(grad, indices, num_expert_sqrt)
+    if all(map(torch.equal, got, want)):
+        return "equal"
+    scale = grad.float().abs().sum(1, keepdim=True)
+    near = [((a.float() - b.float()).abs() <= 0.01 * scale).all() for a, b in zip(got, want, strict=True)]
+    return "last bits differ" if all(near) else "WRONG"
+
+
+def backward_bytes(case):
+    """What a backward pass has to move: k gradients and indices (int32) in, two rows out, for every token."""
+    size = DTYPES[case.dtype].itemsize
+    return case.num_tokens * (case.k * (size + 4) + 2 * case.num_expert_sqrt * size)
+
+
+def measure_backward(cases=BACKWARD_CASES, device="cuda"):
+    rows = []
+    for case in cases:
+        grad, indices = backward_problem(case, device)
+        floor = backward_bytes(case) / limits()["bandwidth_gbs"] / 1e3
+        for name in BACKWARDS:
+            row = {"rival": name, **case._asdict(), "floor_us": floor, **limits(), "us": None, "check": None}
+            rows.append(row | attempt(_timed_backward, name, case, grad, indices))
+    tables.append("backward", rows)
+
+
+def _timed_backward(name, case, grad, indices):
+    check = same_bits(name, grad, indices, case.num_expert_sqrt)
+    method = "graph" if case.num_tokens <= GRAPH_UP_TO else "do_bench"
+    with chosen(name):
+        us = time_us(lambda: BACKWARDS[name](grad, indices, case.num_expert_sqrt), method)[0]
+    return {"us": us, "check": check}
+
+
+def backward_table(rows):
+    """Every case: the floor, the times, and ours as a share of the floor's speed."""
+    lines = []
+    for case, group in rows.groupby(CASE, sort=False):
+        times, floor = group.set_index("rival").us, group.floor_us.iloc[0]
+        check = group.set_index("rival").check[OURS]
+        times_of = [microseconds(times[name]) for name in BACKWARDS]
+        lines.append((*case, microseconds(floor), *times_of, share(floor, times[OURS]), check))
+    header = ["tokens", "N", "k", "dtype", "floor, µs", *(f"{name}, µs" for name in BACKWARDS)]
+    return markdown([*header, "of the floor's speed", "bits"], lines)
+
+
+def draw_backward(rows):
+    """The share of the floor's speed, a group of bars a case."""
+    figure, axes = plt.subplots(figsize=(9.5, 4))
+    labels = (
+        rows[CASE].astype(str).agg(lambda c: f"{int(c.iloc[0]):,}\nN={c.iloc[1]} k={c.iloc[2]}\n{c.iloc[3]}", axis=1)
+    )
+    data = pd.DataFrame({"case": labels, "rival": rows.rival, "percent": 100 * rows.floor_us / rows.us})
+    sns.barplot(data, x="case", y="percent", hue="rival", palette=COLORS, ax=axes)
+    axes.axhline(100, color="black", linestyle="--", linewidth=1.2)
+    axes.set(xlabel="", ylabel="% of the floor's speed", title=f"Backward, {rows.gpu.iloc[0]}", ylim=(0, 120))
+    axes.legend(fontsize=8, title="", ncol=len(COLORS), loc="upper center")
+    figure.tight_layout()
+    return figure
+
+
+# --- run after run ---
+
+
+def spread_of_runs(name, num_runs=30, case=REPEATED, device="cuda"):
+    """How far the gradient of x moves between runs on the same input: largest minus smallest, (num_tokens, N)."""
+    grad, indices = backward_problem(case, device)
+    with chosen(name):
+        runs = [BACKWARDS[name](grad, indices, case.num_expert_sqrt)[0] for _ in range(num_runs)]
+    low, high = runs[0].clone(), runs[0].clone()
+    for run in runs[1:]:
+        low, high = torch.minimum(low, run), torch.maximum(high, run)
+    return high - low
+
+
+def measure_repeats(names=(SCATTER, ATOMICS, OURS), device="cuda", window=32):
+    """Table repeats: how many numbers moved. Table repeats_map: by how much, for a window of tokens."""
+    counts, cells = [], []
+    for name in names:
+        spread = spread_of_runs(name, device=device)
+        moved = spread.count_nonzero().item()
+        counts.append({"rival": name, **REPEATED._asdict(), "numbers": spread.numel(), "moved": moved,
+                       "largest": spread.max().item()})  # fmt: skip
+        start = spread.count_nonzero(1).unfold(0, window, window).sum(1).argmax().item() * window  # where most moved
+        for token, row in enumerate(spread[start : start + window].tolist()):
+            cells += [{"rival": name, "token": token, "column": i, "spread": value} for i, value in enumerate(row)]
+    tables.append("repeats", counts)
+    tables.append("repeats_map", cells)
+
+
+def repeats_table(rows):
+    lines = [(row.rival, f"{row.numbers:,}", f"{row.moved:,}", f"{row.largest:.2g}") for row in rows.itertuples()]
+    return markdown(["backward", "numbers", "moved between runs", "largest movement"], lines)
+
+
+def draw_repeats(rows):
+    """By how much each number moved between runs, a panel for each backward, on one scale."""
+    names = list(dict.fromkeys(rows.rival))
+    figure, panels = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3.9), layout="constrained")
+    largest = max(rows.spread.max(), 1e-12)
+    for axes, name in zip(panels, names, strict=True):
+        image = rows[rows.rival == name].pivot(index="token", columns="column", values="spread")
+        drawn = axes.imshow(image, cmap="rocket_r", vmin=0, vmax=largest, aspect="auto", interpolation="nearest")
+        axes.set(title=name, xlabel="column of the gradient", ylabel="token")
+        axes.grid(False)
+    figure.colorbar(drawn, ax=panels, label="largest − smallest of all runs")
+    return figure
+
+
+# --- which dtype to route in ---
+
+
+def precision_problem(case, device, width=64):
+    """Logits as a layer makes them, in fp32: hidden states, two gates, log-softmax; and a value for every expert."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(case.num_tokens, width, generator=generator).to(device).requires_grad_()
+    gates = torch.randn(2, width, case.num_expert_sqrt, generator=generator).to(device) * 2 / width**0.5
+    values = torch.randn(case.num_expert_sqrt**2, generator=generator).to(device)
+    return hidden, (hidden @ gates).log_softmax(-1), values
+
+
+def route_in(route, case, hidden, logits, values):
+    """Routes fp32 logits in other dtypes: scores, experts, and the gradient of the hidden states."""
+    logits_dtype, scores_dtype = (DTYPES[name] for name in ROUTES[route])
+    scores, indices = omni_router(*logits.to(logits_dtype), case.k, scores_dtype=scores_dtype)
+    outputs = (scores.float().exp() * values[indices.long()]).sum(1)
+    (grad,) = torch.autograd.grad(outputs.square().sum(), hidden, retain_graph=True)
+    return scores.detach().float(), indices, grad
+
+
+def compare_dtypes(case, device):
+    """The rows of one case: each route against fp32 throughout."""
+    hidden, logits, values = precision_problem(case, device)
+    want_scores, want, want_grad = route_in("fp32", case, hidden, logits, values)
+    rows = []
+    for route in ROUTES:
+        scores, indices, grad = route_in(route, case, hidden, logits, values)
+        kept = (indices[:, :, None] == want[:, None, :]).any(2).float().mean(1)
+        rows.append({
+            "rival": route, **case._asdict(),
+            "changed_tokens": (kept < 1).float().mean().item(), "changed_experts": 1 - kept.mean().item(),
+            "score_error": (scores - want_scores).abs().mean().item(),
+            "grad_error": ((grad - want_grad).norm() / want_grad.norm()).item(),
+        })  # fmt: skip
+    return rows
+
+
+def measure_precision(cases=PRECISION_CASES, device="cuda"):
+    tables.append("precision", [row for case in cases for row in compare_dtypes(case, device)])
+
+
+def precision_table(rows):
+    lines = [
+        (row.num_expert_sqrt, row.k, row.rival, f"{100 * row.changed_tokens:.2g}%", f"{100 * row.changed_experts:.2g}%",
+         f"{row.score_error:.2g}", f"{100 * row.grad_error:.2g}%")
+        for row in rows.itertuples()
+    ]  # fmt: skip
+    return markdown(["N", "k", "routed in", "tokens whose experts change", "experts that change", "error of a score",
+                     "error of the gradient"], lines)  # fmt: skip
+
+
+def draw_precision(rows):
+    """What rounding the logits costs: experts that change, and the error of the gradient."""
+    figure, panels = plt.subplots(1, 2, figsize=(9.5, 3.6))
+    rows = rows[rows.rival != "fp32"]
+    case = "N=" + rows.num_expert_sqrt.astype(str) + " k=" + rows.k.astype(str)
+    colors = dict(
+        zip(list(ROUTES)[1:], (BLUE, sns.light_palette(BLUE)[3], ORANGE, sns.light_palette(ORANGE)[3]), strict=True)
+    )
+    for axes, column, label in zip(
+        panels, ("changed_experts", "grad_error"), ("experts that change, %", "error of the gradient, %"), strict=True
+    ):
+        data = pd.DataFrame({"case": case, "routed in": rows.rival, label: 100 * rows[column]})
+        sns.barplot(data, x="case", y=label, hue="routed in", palette=colors, ax=axes, legend=axes is panels[0])
+        axes.set(yscale="log", xlabel="")
+    panels[0].legend(fontsize=8, title="", ncol=4, loc="lower left", bbox_to_anchor=(0, 1.02))
+    figure.tight_layout()
+    return figure
+
+
+# --- training ---
+
+
+def corpus(device):
+    """The bytes of the text every Python ships: those to train on, and the last tenth to be tested on."""
+    text = torch.frombuffer(bytearray("\n".join(pydoc_data.topics.topics.values()).encode()), dtype=torch.uint8)
+    split = len(text) * 9 // 10
+    return text[:split].long().to(device), text[split:].long().to(device)
+
+
+def batch(text, size, window, generator):
+    """`size` windows of bytes and the byte after each."""
+    starts = torch.randint(len(text) - window, (size, 1), generator=generator).to(text.device)
+    return text[starts + torch.arange(window, device=text.device)], text[starts[:, 0] + window]
+
+
+def record_training(runs, sample):
+    """Tables training (every few steps), training_runs (one row a run) and training_sample (text).
+
+    runs: {name: dictionary with losses, seconds, experts (one count a layer), each a list with an entry a step,
+    test_loss and peak_bytes}. The first is the one that others are compared with.
+    """
+    first = next(iter(runs.values()))
+    steps, summary = [], []
+    for name, run in runs.items():
+        for step in range(RECORD_EVERY - 1, len(run["losses"]), RECORD_EVERY):
+            loss = np.mean(run["losses"][step + 1 - RECORD_EVERY : step + 1])
+            counts = {f"experts_{layer}": count for layer, count in enumerate(run["experts"][step], start=1)}
+            steps.append({"rival": name, "step": step + 1, "loss": loss, **counts})
+        apart = np.abs(np.subtract(run["losses"], first["losses"])).max()
+        summary.append({
+            "rival": name, "steps": len(run["losses"]), "step_ms": 1e3 * np.median(run["seconds"]),
+            "peak_bytes": run["peak_bytes"], "test_loss": run["test_loss"], "largest_difference": apart,
+        })  # fmt: skip
+    tables.append("training", steps)
+    tables.append("training_runs", summary)
+    shown = "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in sample)
+    tables.append("training_sample", [{"text": shown}])
+
+
+def training_table(rows):
+    lines = [
+        (row.rival, row.steps, f"{row.step_ms:.2f}", f"{row.peak_bytes / 2**20:,.0f}", f"{row.test_loss:.4f}",
+         f"{row.largest_difference:.2g}")
+        for row in rows.itertuples()
+    ]  # fmt: skip
+    return markdown(["router", "steps", "a step, ms", "peak memory, MiB", "loss on unseen text, nats a byte",
+                     "largest difference of a step's loss"], lines)  # fmt: skip
+
+
+def draw_training(rows):
+    """Left the loss of every run, right the experts that a batch of the first run uses."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+    styles = zip(dict.fromkeys(rows.rival), (GREEN, RED, BLUE), ((), (4, 3), (1, 3)), (4, 1.8, 1.8), strict=False)
+    for name, color, dashes, width in styles:
+        run = rows[rows.rival == name]
+        left.plot(run.step, run.loss, color=color, linewidth=width, dashes=dashes or (None, None), label=name)
+    left.set(xlabel="training step", ylabel="loss, nats a byte", title="Loss")
+    left.legend(fontsize=8)
+    first = rows[rows.rival == rows.rival.iloc[0]]
+    for column, color in zip([c for c in rows if c.startswith("experts_")], (BLUE, ORANGE), strict=False):
+        right.plot(first.step, first[column], color=color, linewidth=2, label=f"layer {column[-1]}")
+    right.set(xlabel="training step", ylabel="experts used by a batch", title="Experts in use", ylim=(0, None))
+    right.legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def synchronize():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_bytes(restart=False):
+    """The most memory PyTorch had allocated at a time since it was last restarted; nothing without a GPU."""
+    if not torch.cuda.is_available():
+        return 0
+    if restart:
+        torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.max_memory_allocated()

@@ -1,0 +1,571 @@
+"""The factored router with a few lanes of a warp to a token: every sort happens in a lane's own registers.
+
+LANES lanes share a token. The even ones read its row of x and the odd ones its row of y, each a segment of it, and find
+the k best of what they read with sorting networks on tuples of [TILE_M] tensors (networks.py). Lanes of the same row
+merge their lists (shuffles, no memory), then each even lane trades with its odd neighbour and both search half of the
+staircase (reference.py): the even lane the pairs whose rank in x is at most their rank in y, the odd lane the others.
+Two lanes a token do the least work in all; more lanes answer sooner, which is what few tokens need.
+
+A row passes through shared memory (words.py) in tiles of TILE_N columns; of each tile a lane first keeps one maximum a
+chunk of CHUNK columns and sorts those, since the k best columns lie in the k chunks with the largest maxima, then sorts
+the columns of those k chunks alone.
+
+Keys carry their own tie-break. A 16-bit logit leaves the low bits of its fp32 pattern free, so value and column share
+one 32-bit integer; an fp32 logit takes 64 bits. A pair's key is the 64 bits (sum, row, rank of the column): pairs of one
+row are sorted by it as they come, even where rounding makes different sums equal, and so the merges never disagree with
+a full sort. Pairs of one column are sorted too, unless such a rounding tie turns two of them around; then they are
+sorted again.
+"""
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .configs import device_of, interpreting, kernel_input, output_dtype
+from .keys import INDEX_BITS, pack, pack_wide, unpack, unpack_wide
+from .networks import best_of, bitonic, exchange, is_less, merge, merge_best, sort
+from .words import (
+    allocate_rows,
+    copy_rows,
+    hide,
+    load_value,
+    load_words,
+    partner,
+    partners,
+    store_row,
+    unpack_word,
+    wait_for_rows,
+)
+
+MAX_EXPERTS_PER_TOKEN = 32  # more would not fit in a lane's registers
+TILE_BYTES = 512  # what of a row a lane has at hand at once
+DOUBLES = ((8, 0), (9, 0), (10, 0))  # GPUs that compare doubles as fast as integers
+MIN_TILE = 64  # columns below which a tile is not worth its merge
+STAGED_BYTES = 128  # of a row a lane; fewer are read straight from global memory
+
+
+@triton.jit
+def _larger_halves(a, b, DTYPE: tl.constexpr):
+    """The two 16-bit maxima of two words, in one instruction; NaN wins."""
+    if DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise("max.NaN.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, True, 1)
+    else:
+        return tl.inline_asm_elementwise("max.NaN.f16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, True, 1)
+
+
+@triton.jit
+def _maximum(values):
+    """The largest of a tuple; NaN wins."""
+    if len(values) == 1:
+        return values[0]
+    else:
+        first, second = _maximum(values[: len(values) // 2]), _maximum(values[len(values) // 2 :])
+        return tl.maximum(first, second, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _keys_of_maxima(row, DTYPE: tl.constexpr, TILE_N: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr,
+                    INDEX_BITS: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
+    """The keys (maximum, chunk) of the TILE_N / CHUNK chunks of a tile."""
+    PER_WORD: tl.constexpr = 32 // DTYPE.primitive_bitwidth
+    maxima = ()  # one of each chunk: a value, or a word of two halves that are still to be compared
+    for start in tl.static_range(0, TILE_N * 4 // PER_WORD, VECTOR):
+        words = load_words(row, start, VECTOR // 4)
+        for first in tl.static_range(0, len(words), CHUNK // PER_WORD):
+            if PER_WORD == 2:
+                word = words[first]
+                for i in tl.static_range(1, CHUNK // 2):
+                    word = _larger_halves(word, words[first + i], DTYPE)
+                maxima = maxima + (word,)
+            else:
+                chunk = ()
+                for i in tl.static_range(CHUNK):
+                    chunk = chunk + unpack_word(words[first + i], DTYPE)
+                maxima = maxima + (_maximum(chunk),)
+    keys = ()
+    if PER_WORD == 1:
+        keys = _keys(maxima, 0, INDEX_BITS, True, FP64)
+    else:
+        for chunk in tl.static_range(0, len(maxima), 2):
+            if chunk + 1 == len(maxima):
+                keys = keys + _keys((_maximum(unpack_word(maxima[chunk], DTYPE)),), chunk, INDEX_BITS, True, FP64)
+            else:
+                lows, highs = _transpose_halves(maxima[chunk], maxima[chunk + 1])
+                pair = _larger_halves(lows, highs, DTYPE)
+                if DTYPE == tl.bfloat16:
+                    keys = keys + _keys_of_word(pair, 0xFFFEFFFF - 0x100000000 - 0x10001 * chunk)
+                else:
+                    keys = keys + _keys(unpack_word(pair, DTYPE), chunk, INDEX_BITS, True, FP64)
+    return keys
+
+
+@triton.jit
+def _transpose_halves(a, b):
+    """(low half of a, low half of b) and (high half of a, high half of b), as words."""
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $2, $3, 0x5410; prmt.b32 $1, $2, $3, 0x7632;", "=&r,=r,r,r", [a, b], (tl.int32, tl.int32), True, 1
+    )
+
+
+@triton.jit
+def _keys_of_word(word, reversed_columns):
+    """The keys of the two bf16 logits in a word; both arguments hold two halves, the lower column in the lower.
+
+    `pack` two at a time: the product turns -0.0 into 0.0 and every NaN into one, the first permutation spreads the
+    signs, whose magnitude bits are then flipped, and the others put a column below each half.
+    """
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 one, zero, value, sign;
+        mov.b32 one, 0x3F803F80;
+        mov.b32 zero, 0;
+        fma.rn.bf16x2 value, $2, one, zero;
+        prmt.b32 sign, value, value, 0xBB99;
+        and.b32 sign, sign, 0x7FFF7FFF;
+        xor.b32 value, value, sign;
+        prmt.b32 $0, value, $3, 0x1054;
+        prmt.b32 $1, value, $3, 0x3276;
+        }""",
+        "=&r,=&r,r,r", [word, tl.zeros_like(word) + reversed_columns], (tl.int32, tl.int32), True, 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def keys_of_bytes(row, OFFSET: tl.constexpr, column, DTYPE: tl.constexpr, BYTES: tl.constexpr, INDEX_BITS: tl.constexpr,
+                 FP64: tl.constexpr):  # fmt: skip
+    """The keys of BYTES (4, 8 or 16) of logits, the first of which is in `column`."""
+    words = load_words(row, OFFSET, BYTES // 4)
+    keys = ()
+    if DTYPE == tl.bfloat16:
+        reversed_columns = (0xFFFF - (tl.zeros_like(row).to(tl.int32) + column)) * 0x10001 - 0x10000
+        for i in tl.static_range(len(words)):
+            keys = keys + _keys_of_word(words[i], reversed_columns - 0x20002 * i)
+    else:
+        for i in tl.static_range(len(words)):
+            values = unpack_word(words[i], DTYPE)
+            keys = keys + _keys(values, column + i * len(values), INDEX_BITS, True, FP64)
+    return keys
+
+
+@triton.jit
+def _best_of_groups(keys, K: tl.constexpr, GROUP: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr):
+    """The K best of a tuple, descending, GROUP at a time."""
+    best = ()
+    for start in tl.static_range(0, len(keys), GROUP):
+        best = merge(best, sort(keys[start : start + GROUP], NVIDIA, FP64), len(best), NVIDIA, FP64)[:K]
+    return best
+
+
+@triton.jit
+def _keys(values, index, INDEX_BITS: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr):
+    """The keys of a tuple of values whose indices count up from `index`."""
+    keys = ()
+    for i in tl.static_range(len(values)):
+        keys = keys + (pack(values[i], index + i, INDEX_BITS, NVIDIA, FP64),)
+    return keys
+
+
+@triton.jit
+def _candidates_of_tile(row, skip, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+                        CHUNK: tl.constexpr, VECTOR: tl.constexpr, INDEX_BITS: tl.constexpr, RAGGED: tl.constexpr,
+                        FP64: tl.constexpr):  # fmt: skip
+    """Keys (value, column) of a tile among which its K best are: all of it, or its K best chunks."""
+    BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    keys = ()
+    if CHUNK == 1:
+        for start in tl.static_range(0, TILE_N * BYTES, VECTOR):
+            keys = keys + keys_of_bytes(row, start, start // BYTES, DTYPE, VECTOR, INDEX_BITS, FP64)
+        if RAGGED:
+            keys = skip_first(keys, skip, FP64)
+    else:
+        maxima = _keys_of_maxima(row, DTYPE, TILE_N, CHUNK, VECTOR, INDEX_BITS, FP64)
+        LAST: tl.constexpr = (len(maxima) - 1) // GROUP * GROUP
+        chunks = sort(maxima[LAST:], True, FP64)[:K]
+        if LAST > 0:  # their order does not matter
+            chunks = best_of(_best_of_groups(maxima[:LAST], K, GROUP, True, FP64), chunks, True, FP64)
+        for i in tl.static_range(len(chunks)):
+            start = unpack(chunks[i], INDEX_BITS, FP64)[1] * CHUNK
+            keys = keys + keys_of_bytes(row + start * BYTES, 0, start, DTYPE, CHUNK * BYTES, INDEX_BITS, FP64)
+    return keys
+
+
+@triton.jit
+def lowest(like, FP64: tl.constexpr):
+    """A key below all others, of the type of `like`."""
+    if like.dtype == tl.int32:
+        return tl.full(like.shape, -(1 << 31) + (1 << 16), tl.int32)  # stays lowest when shifted
+    elif FP64:
+        return tl.full(like.shape, -0x0010000100000000, tl.int64)  # the least double that is finite
+    else:
+        return tl.full(like.shape, -(1 << 63) + (1 << 32), tl.int64)
+
+
+@triton.jit
+def skip_first(keys, skip, FP64: tl.constexpr):
+    """The first `skip` keys become the lowest."""
+    kept = ()
+    for i in tl.static_range(len(keys)):
+        kept = kept + (tl.where(i < skip, lowest(keys[i], FP64), keys[i]),)
+    return kept
+
+
+@triton.jit
+def _shift(keys, column, FP64: tl.constexpr):
+    """The keys of a tile's columns -> those of the row's, `column` further right."""
+    shifted = ()
+    for i in tl.static_range(len(keys)):
+        if FP64 and keys[i].dtype == tl.int64:
+            shifted = shifted + (tl.where(keys[i] < 0, keys[i] + column, keys[i] - column),)
+        else:
+            shifted = shifted + (keys[i] - column,)
+    return shifted
+
+
+@triton.jit
+def keys_of_strided(row_ptrs, stride_n, start, COUNT: tl.constexpr, INDEX_BITS: tl.constexpr, NVIDIA: tl.constexpr,
+                    FP64: tl.constexpr):  # fmt: skip
+    """The keys of COUNT columns from `start` on, read one by one."""
+    values = ()
+    for i in tl.static_range(COUNT):
+        values = values + (load_value(row_ptrs + (start + i).to(tl.int64) * stride_n, NVIDIA),)
+    return _keys(values, start, INDEX_BITS, NVIDIA, FP64)
+
+
+@triton.jit
+def _sorted_group(row_ptrs, stride_n, first_column, start, skip, COUNT: tl.constexpr, INDEX_BITS: tl.constexpr,
+                  RAGGED: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
+    """The sorted keys of COUNT columns of a segment from `start` on."""
+    keys = keys_of_strided(row_ptrs, stride_n, first_column + start, COUNT, INDEX_BITS, NVIDIA, FP64)
+    if RAGGED:
+        keys = skip_first(keys, skip - start, FP64)
+    return sort(keys, NVIDIA, FP64)
+
+
+@triton.jit
+def _top_of_strided_segment(row_ptrs, stride_n, first_column, skip, SEGMENT: tl.constexpr, K: tl.constexpr,
+                            GROUP: tl.constexpr, INDEX_BITS: tl.constexpr, RAGGED: tl.constexpr, NVIDIA: tl.constexpr,
+                            FP64: tl.constexpr):  # fmt: skip
+    """The keys (value, column) of the K best columns of a segment, descending."""
+    FIRST: tl.constexpr = min(GROUP, SEGMENT)
+    TAIL: tl.constexpr = (SEGMENT - FIRST) % GROUP
+    best = _sorted_group(row_ptrs, stride_n, first_column, 0, skip, FIRST, INDEX_BITS, RAGGED, NVIDIA, FP64)[:K]
+    for start in tl.range(GROUP, SEGMENT - TAIL, GROUP):
+        more = _sorted_group(row_ptrs, stride_n, first_column, start, skip, GROUP, INDEX_BITS, RAGGED, NVIDIA, FP64)
+        best = merge(best, more, K, NVIDIA, FP64)[:K]
+    if TAIL > 0:
+        tail = _sorted_group(
+            row_ptrs, stride_n, first_column, SEGMENT - TAIL, skip, TAIL, INDEX_BITS, RAGGED, NVIDIA, FP64
+        )  # fmt: skip
+        best = merge(best, tail, K, NVIDIA, FP64)[:K]
+    return best
+
+
+@triton.constexpr_function
+def _first_pair(rank, k, ranks):
+    """How many pairs the rows before `rank` have in a lane's half of the staircase: row a pairs with a, a + 1, ..."""
+    return sum(max(0, min(k // (row + 1), ranks) - row) for row in range(rank))
+
+
+@triton.jit
+def _half_staircase(values, ids, other_values, other_ids, odd, RANKS: tl.constexpr, K: tl.constexpr, SIDE: tl.constexpr,
+                    NVIDIA: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
+    """The keys of the best pairs in this lane's half of the staircase, descending, at most K.
+
+    Row a of it pairs the lane's rank a with the other factor's ranks from a on. The pairs of equal ranks are the even
+    lane's; the odd lane reads its neighbour's list one rank further, and its rows end one pair earlier.
+    """
+    shifted_values, shifted_ids = (), ()
+    for rank in tl.static_range(RANKS):
+        if rank + 1 < RANKS:
+            shifted_values = shifted_values + (tl.where(odd, other_values[rank + 1], other_values[rank]),)
+            shifted_ids = shifted_ids + (tl.where(odd, other_ids[rank + 1], other_ids[rank]),)
+        else:
+            shifted_values, shifted_ids = shifted_values + other_values[rank:], shifted_ids + other_ids[rank:]
+    keys = ()
+    for a in tl.static_range(SIDE):
+        for b in tl.static_range(a, min(K // (a + 1), RANKS)):
+            key = pack_wide(values[a] + shifted_values[b], ids[a] | shifted_ids[b], NVIDIA, FP64)
+            keys = keys + (key if b + 1 < min(K // (a + 1), RANKS) else tl.where(odd, lowest(key, FP64), key),)
+
+    # Rounding may turn neighbours in an odd lane's row around, hardly ever.
+    turned = odd & False
+    for a in tl.static_range(SIDE):
+        for i in tl.static_range(_first_pair(a, K, RANKS) + 1, _first_pair(a + 1, K, RANKS)):
+            turned = turned | is_less(keys[i - 1], keys[i], FP64)
+    for _ in range(tl.max(turned.to(tl.int32), 0) * (RANKS // 2 + 1)):
+        keys = _exchange_neighbours(keys, RANKS, K, SIDE, NVIDIA, FP64)
+
+    best = ()
+    for a in tl.static_range(SIDE):
+        row = keys[_first_pair(SIDE - 1 - a, K, RANKS) : _first_pair(SIDE - a, K, RANKS)]
+        best = merge(row, best, len(row), NVIDIA, FP64)[:K]
+    return best
+
+
+@triton.jit
+def _exchange_neighbours(keys, RANKS: tl.constexpr, K: tl.constexpr, SIDE: tl.constexpr, NVIDIA: tl.constexpr,
+                         FP64: tl.constexpr):  # fmt: skip
+    """Two steps of an odd-even transposition sort in every row."""
+    for parity in tl.static_range(2):
+        exchanged = ()
+        for a in tl.static_range(SIDE):
+            exchanged = exchanged + keys[len(exchanged) : min(len(exchanged) + parity, _first_pair(a + 1, K, RANKS))]
+            for i in tl.static_range(len(exchanged), _first_pair(a + 1, K, RANKS) - 1, 2):
+                exchanged = exchanged + exchange(keys[i], keys[i + 1], NVIDIA, FP64)
+            exchanged = exchanged + keys[len(exchanged) : _first_pair(a + 1, K, RANKS)]
+        keys = exchanged
+    return keys
+
+
+@triton.jit
+def fill_masked(x_ptrs, y_ptrs, out_ptrs, stride_xn, stride_yn, num_finite, fill,
+                 NUM_EXPERT_SQRT: tl.constexpr, K: tl.constexpr, NVIDIA: tl.constexpr):  # fmt: skip
+    """Replace the selected -inf pairs, best only by score, by those of lowest index.
+
+    Among -inf pairs only the index counts, which the staircase does not know. Where one of them is selected, fewer than
+    K others exist, so the -inf pairs among the first K experts are enough. (With NaN or +inf about, they may not be.)
+    """
+    slot = num_finite
+    for i in range(K):
+        expert = tl.zeros_like(slot) + i
+        x = load_value(x_ptrs + (expert // NUM_EXPERT_SQRT).to(tl.int64) * stride_xn, NVIDIA)
+        y = load_value(y_ptrs + (expert % NUM_EXPERT_SQRT).to(tl.int64) * stride_yn, NVIDIA)
+        masked = fill & (x + y == float("-inf")) & (slot < K)
+        store_row(out_ptrs + slot, (expert,), masked, NVIDIA)
+        slot += masked.to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def lanes_kernel(
+    x_ptr, y_ptr, scores_ptr, indices_ptr,
+    stride_xm, stride_xn, stride_ym, stride_yn,
+    num_tokens,
+    NUM_EXPERT_SQRT: tl.constexpr, K: tl.constexpr, SIDE: tl.constexpr,
+    LANES: tl.constexpr, SEGMENT: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, GROUP: tl.constexpr,
+    CHUNK: tl.constexpr, VECTOR: tl.constexpr, STAGED: tl.constexpr,
+    INDEX_BITS: tl.constexpr, ROW_BITS: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr,
+):  # fmt: skip
+    RANKS: tl.constexpr = min(K, NUM_EXPERT_SQRT)
+    lane = tl.arange(0, TILE_M)
+    tokens = tl.program_id(0).to(tl.int64) * (TILE_M // LANES) + lane // LANES
+    inside = tokens < num_tokens
+    odd = lane % 2 == 1
+    read = tl.minimum(tokens, num_tokens - 1)  # lanes past the end route the last token again, and store nothing
+    x_ptrs, y_ptrs = x_ptr + read * stride_xm, y_ptr + read * stride_ym
+    row_ptrs, stride_n = tl.where(odd, y_ptrs, x_ptrs), tl.where(odd, stride_yn, stride_xn)
+    # Where segments do not divide the row, the last ones begin early and skip what others have read.
+    RAGGED: tl.constexpr = LANES // 2 * SEGMENT != NUM_EXPERT_SQRT
+    first_column = tl.minimum(lane % LANES // 2 * SEGMENT, NUM_EXPERT_SQRT - SEGMENT)
+    skip = lane % LANES // 2 * SEGMENT - first_column
+
+    OWN: tl.constexpr = min(RANKS, SEGMENT)
+    if TILE_N > 0:
+        DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+        BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
+        TILES: tl.constexpr = SEGMENT // TILE_N
+        tile = row_ptrs.to(tl.int64) + first_column * BYTES
+        if STAGED:
+            # Rows an odd number of vectors apart meet every bank once.
+            PITCH: tl.constexpr = (TILE_N * BYTES // VECTOR + 1 - TILE_N * BYTES // VECTOR % 2) * VECTOR
+            buffer = allocate_rows(lane, TILE_M * PITCH) + lane // 32 * (32 * PITCH)
+            copy_rows(buffer, tile, (lane >= 0).to(tl.int32), TILE_N * BYTES, VECTOR, PITCH)
+        if TILES == 1:
+            if STAGED:
+                wait_for_rows(lane)
+                tile = buffer + lane % 32 * PITCH
+            keys = _candidates_of_tile(tile, skip, DTYPE, TILE_N, OWN, GROUP, CHUNK, VECTOR, INDEX_BITS, RAGGED, FP64)
+            best = _best_of_groups(keys, OWN, GROUP, NVIDIA, FP64)
+        else:
+            best = ()
+            for _ in tl.static_range(OWN):
+                best = best + (lowest(lane.to(tl.int64) if INDEX_BITS == 32 else lane, FP64),)
+            for step in tl.range(TILES):
+                # Hidden, or LLVM would count the columns in 64 bits, and sort keys of 64 bits to subtract them from.
+                column = hide(lane * 0 + step * TILE_N)
+                row = tile + column * BYTES
+                if STAGED:
+                    wait_for_rows(lane)
+                    row = buffer + lane % 32 * PITCH
+                keys = _candidates_of_tile(
+                    row, skip - column, DTYPE, TILE_N, OWN, GROUP, CHUNK, VECTOR, INDEX_BITS, RAGGED, FP64
+                )  # fmt: skip
+                if STAGED:
+                    wanted = (lane * 0 + step + 1 < TILES).to(tl.int32)
+                    copy_rows(buffer, tile + (column + TILE_N) * BYTES, wanted, TILE_N * BYTES, VECTOR, PITCH)
+                more = _shift(_best_of_groups(keys, OWN, GROUP, NVIDIA, FP64), column, FP64)
+                best = merge(best, more, OWN, NVIDIA, FP64)[:OWN]
+        if LANES > 2:
+            best = _shift(best, first_column, FP64)
+    else:
+        best = _top_of_strided_segment(
+            row_ptrs, stride_n, first_column, skip, SEGMENT, OWN, GROUP, INDEX_BITS, RAGGED, NVIDIA, FP64
+        )  # fmt: skip
+    for level in tl.static_range(1, 5):
+        if LANES > 1 << level:
+            best = merge_best(
+                best, partners(best, 1 << level, NVIDIA), min(RANKS, 2 * len(best)), NVIDIA, FP64
+            )  # fmt: skip
+
+    # Where +inf may meet -inf, or NaN is there, all of the token's scores become NaN: every path agrees on that.
+    # Each lane looks at one of the two ways they may meet; its NaN reaches the other lane with its values.
+    first, last = unpack(best[0], INDEX_BITS, FP64)[0], unpack(best[RANKS - 1], INDEX_BITS, FP64)[0]
+    widest = first + partner(last, 1, NVIDIA)
+    poison = tl.where(widest == widest, 0.0, float("nan"))
+    # A pair's key holds the row above the rank of the column above the column, each so that the lower one wins.
+    values, ids = (), ()
+    ROW_MASK: tl.constexpr = (1 << ROW_BITS) - 1
+    for rank in tl.static_range(RANKS):
+        value, index = unpack(best[rank], INDEX_BITS, FP64)
+        values = values + (value + poison,)
+        as_row, as_column = (ROW_MASK - index) << (31 - ROW_BITS), index | ((RANKS - 1 - rank) << ROW_BITS)
+        ids = ids + (tl.where(odd, as_column, as_row),)
+    other_values, other_ids = partners(values, 1, NVIDIA), partners(ids, 1, NVIDIA)
+    half = _half_staircase(
+        values, ids, other_values, other_ids, odd, RANKS, K, SIDE, NVIDIA, FP64
+    )  # fmt: skip
+    other_half = partners(half, 1, NVIDIA)
+    SPLIT: tl.constexpr = len(half) == K and K > 1 and K & (K - 1) == 0
+    SLOTS: tl.constexpr = K // 2 if SPLIT else K
+    writes = inside & (lane % LANES < (2 if SPLIT else 1))
+    if SPLIT:  # a bitonic merge, of which the even lane finishes the better half and the odd lane the other
+        kept = best_of(half, other_half, NVIDIA, FP64)
+        pairs = ()
+        for slot in tl.static_range(SLOTS):
+            chosen = is_less(kept[slot], kept[slot + SLOTS], FP64) ^ odd
+            pairs = pairs + (tl.where(chosen, kept[slot + SLOTS], kept[slot]),)
+        pairs = bitonic(pairs, NVIDIA, FP64)
+        outputs = tokens * K + lane % 2 * SLOTS
+    else:
+        pairs = merge(half, other_half, len(half), NVIDIA, FP64)[:K]
+        outputs = tokens * K
+
+    scores, rounded, indices = (), (), ()
+    for slot in tl.static_range(SLOTS):
+        score, low = unpack_wide(pairs[slot], FP64)
+        scores = scores + (score,)
+        rounded = rounded + (score.to(scores_ptr.dtype.element_ty),)
+        indices = indices + ((ROW_MASK - (low >> (31 - ROW_BITS))) * NUM_EXPERT_SQRT + (low & ROW_MASK),)
+    store_row(scores_ptr + outputs, rounded, writes, NVIDIA)
+    store_row(indices_ptr + outputs, indices, writes, NVIDIA)
+
+    ordinary = inside & (values[0] < float("inf")) & (other_values[0] < float("inf"))
+    fill = ordinary & (scores[SLOTS - 1] == float("-inf"))
+    if tl.max(fill.to(tl.int32), 0) != 0:
+        num_finite = tl.zeros_like(lane)
+        for slot in tl.static_range(SLOTS):
+            num_finite += (scores[slot] > float("-inf")).to(tl.int32)
+        if SPLIT:
+            num_finite += partner(num_finite, 1, NVIDIA)
+        tl.debug_barrier()  # after the neighbour's stores
+        fill_masked(
+            x_ptrs, y_ptrs, indices_ptr + tokens * K, stride_xn, stride_yn, num_finite,
+            ordinary & (lane % LANES == 0), NUM_EXPERT_SQRT, K, NVIDIA,
+        )  # fmt: skip
+
+
+def lanes_forward(router_logits_x, router_logits_y, num_experts_per_token, scores_dtype):
+    """Scores and indices of the k best experts; results as `reference.factored_router`, bit for bit.
+
+    Args:
+        router_logits_x, router_logits_y: (num_tokens, N), fp32, fp16 or bf16, on an NVIDIA GPU from Ampere on (or on
+            the CPU under Triton's interpreter), at least one token, N at most MAX_EXPERT_SQRT. Any strides, but rows
+            that are not contiguous, 4-byte aligned and a multiple of a tile long are read one logit at a time.
+        num_experts_per_token: k, from 1 to MAX_EXPERTS_PER_TOKEN.
+        scores_dtype: fp32, fp16 or bf16.
+
+    Returns:
+        scores (num_tokens, k) in scores_dtype and indices (num_tokens, k), int32.
+    """
+    num_tokens, num_expert_sqrt = router_logits_x.shape
+    k, device = num_experts_per_token, router_logits_x.device
+    x, y = kernel_input(router_logits_x), kernel_input(router_logits_y)
+    scores = torch.empty((num_tokens, k), dtype=output_dtype(scores_dtype), device=device)
+    indices = torch.empty((num_tokens, k), dtype=torch.int32, device=device)
+    lanes = lanes_per_token(num_tokens, num_expert_sqrt, x.element_size(), device)
+    tile_m = 1024 if interpreting() else 32
+    with device_of(x):
+        lanes_kernel[(-(-num_tokens * lanes // tile_m),)](
+            x, y, scores, indices, *x.stride(), *y.stride(), num_tokens,
+            **_constants(num_expert_sqrt, k, x.dtype, lanes, row_alignment(x, y), compares_doubles(device)),
+            TILE_M=tile_m, num_warps=1,
+        )  # fmt: skip
+    return scores.to(scores_dtype), indices
+
+
+def row_alignment(x, y):
+    """The largest power of two, in bytes and up to 16, that all rows begin at; 0: their logits do not lie side by side."""
+    if x.shape[1] > 1 and not x.stride(1) == y.stride(1) == 1:
+        return 0
+    starts = x.data_ptr() | y.data_ptr() | (x.stride(0) | y.stride(0)) * x.element_size()
+    return min(16, starts & -starts)
+
+
+@functools.cache
+def _constants(num_expert_sqrt, k, dtype, lanes, alignment, fp64):
+    """The kernel's constants: among them how a lane reads its segment, in tiles, or logit by logit (TILE_N = 0).
+
+    alignment: of the rows, in bytes; 0 where their logits do not lie side by side. Short segments come straight from
+    global memory, where a staged copy would only add its latency.
+    """
+    itemsize = dtype.itemsize
+    row = num_expert_sqrt * itemsize
+    vector = min(alignment, row & -row)  # bytes of a load
+    reading = {"SEGMENT": -(-num_expert_sqrt // (lanes // 2)), "TILE_N": 0, "CHUNK": 1, "VECTOR": 0, "STAGED": False}
+    if vector >= 4 and not interpreting():
+        step = vector // itemsize
+        segment = -(-num_expert_sqrt // (lanes // 2 * step)) * step
+        widest = TILE_BYTES // itemsize // (2 if k > 16 else 1)
+        tile_n = next(n for n in range(min(segment, widest), 0, -1) if segment % n == 0 and n % step == 0)
+        ragged = lanes // 2 * segment != num_expert_sqrt
+        chunks = (c for c in (4, 2) if 4 <= c * itemsize <= vector and tile_n % c == 0 and tile_n >= 2 * c * k)
+        if tile_n >= min(segment, MIN_TILE):
+            reading = {
+                "SEGMENT": segment, "TILE_N": tile_n, "CHUNK": 1 if ragged else next(chunks, 1), "VECTOR": vector,
+                "STAGED": segment * itemsize >= STAGED_BYTES,
+            }  # fmt: skip
+    return {
+        "NUM_EXPERT_SQRT": num_expert_sqrt, "K": k, "SIDE": min(math.isqrt(k), num_expert_sqrt), "LANES": lanes,
+        "GROUP": min(32, max(8, 1 << (min(k, num_expert_sqrt) - 1).bit_length())), **reading,
+        "INDEX_BITS": INDEX_BITS[dtype], "ROW_BITS": _row_bits(k), "NVIDIA": not interpreting(),
+        "FP64": fp64,
+    }  # fmt: skip
+
+
+def _row_bits(k):
+    """Row, rank and column of a pair share 31 bits."""
+    return (31 - (k - 1).bit_length()) // 2
+
+
+def lanes_per_token(num_tokens, num_expert_sqrt, itemsize, device):
+    """How many lanes share a token: as many as give every scheduler a warp, but none less than 16 bytes of a row."""
+    wanted = _num_lanes(device) // num_tokens
+    longest = num_expert_sqrt * itemsize // 8  # two rows of 16 bytes a lane
+    return 1 << max(1, min(5, wanted.bit_length() - 1, longest.bit_length() - 1))
+
+
+@functools.cache
+def _num_lanes(device):
+    """The lanes of a GPU whose every scheduler, four in a multiprocessor, has one warp; in the interpreter, few."""
+    return torch.cuda.get_device_properties(device).multi_processor_count * 4 * 32 if device.type == "cuda" else 64
+
+
+def runs_on(device, num_expert_sqrt, num_experts_per_token):
+    """Whether this kernel takes the size, and the device: NVIDIA GPUs from Ampere on, or the interpreter."""
+    fits = num_experts_per_token <= MAX_EXPERTS_PER_TOKEN and num_expert_sqrt <= 1 << _row_bits(num_experts_per_token)
+    return fits and (interpreting() or on_nvidia(device))
+
+
+@functools.cache
+def on_nvidia(device):
+    """Whether a device is an NVIDIA GPU that copies to shared memory on the side: from Ampere on."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
+def compares_doubles(device):
+    """Whether this GPU compares doubles as fast as integers: those for data centers do. The interpreter never does."""
+    return not interpreting() and on_nvidia(device) and torch.cuda.get_device_capability(device) in DOUBLES

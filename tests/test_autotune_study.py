@@ -1,0 +1,307 @@
+"""The autotune study without a GPU: invented times in a temporary folder show that it resumes, records and draws."""
+
+import ast
+import math
+import os
+import pathlib
+import sys
+import zlib
+
+import pytest
+
+pd = pytest.importorskip("pandas")
+pytest.importorskip("seaborn")
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "notebooks"))
+
+import autotune_study as autotune  # noqa: E402
+import matplotlib.pyplot as plt  # noqa: E402
+import tables  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+GPU = autotune.RECORDED_GPU
+SETTING = {"gpu": GPU, "torch": "2", "triton": "3", "source": "s", "commit": "c", "date": "2026-01-01"}
+PROBLEMS = [autotune.Problem("fwd", 1024, 64, 16), autotune.Problem("bwd", 1024, 64, 16)]
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A GPU that compiles and times at once, by a formula; `gpu["stop"]` ends a run after that many timings."""
+    plt.switch_backend("agg")
+    state = {"setting": dict(SETTING), "timed": [], "compiled": [], "stop": math.inf, "factor": 1.0}
+    monkeypatch.setattr(tables, "DATA", tmp_path / "data")
+    monkeypatch.setattr(tables, "RECORDED", tmp_path / "recorded")
+    monkeypatch.setattr(tables, "setting", lambda: state["setting"])
+    monkeypatch.setattr(autotune.study, "FIGURES", tmp_path / "figures")
+    device = {"arch": "cuda:sm90", "multiprocessors": 132}
+    monkeypatch.setattr(autotune, "this_gpu", lambda: (device, GPUTarget("cuda", 90, 32)))
+
+    def compile_jobs(jobs, deadline):
+        for problem, config, target in reversed(jobs):
+            state["compiled"].append(autotune.key_of(problem, config))
+            words = str(autotune.label(config)[:2])  # the same binary for any number of stages
+            yield (
+                (problem, config, target),
+                {"error": "CompilationError: no"}
+                if config.num_warps == 16
+                else {"registers": 40, "spills": 0, "shared": 0, "instructions": 100 + len(words), "binary": words},
+            )
+
+    def prepare(problem, config, arch):
+        if config.kwargs == {"TILE_M": 32, "TILE_K": 64}:
+            raise ValueError("does not launch\nand more")
+        return problem, config
+
+    def measure(run, best):
+        problem, config = run
+        if len(state["timed"]) >= state["stop"]:
+            raise KeyboardInterrupt
+        state["timed"].append(autotune.key_of(problem, config))
+        spread = zlib.crc32(str((problem.num_expert_sqrt, autotune.label(config)[:2])).encode()) % 1000
+        return [state["factor"] * (10 + spread / 10 + 0.01 * config.num_stages)] * 3
+
+    for name, function in (("compile_jobs", compile_jobs), ("prepare", prepare), ("measure", measure)):
+        monkeypatch.setattr(autotune, name, function)
+    return state
+
+
+def test_every_configuration_is_a_job_once():
+    jobs = autotune.all_jobs()
+    keys = [autotune.key_of(*job) for job in jobs]
+    assert len(set(keys)) == len(keys)
+    assert keys == [autotune.key_of(*job) for job in autotune.all_jobs()]
+    for problem in autotune.PROBLEMS:
+        found = {key[4:] for key in keys if key[:4] == problem}
+        if problem.kernel in autotune.N2_KERNELS:
+            lists = [autotune.configs.get_configs(name, problem.kernel) for name in autotune.configs.SPACES
+                     if name != "factored"]  # fmt: skip
+        else:
+            lists = [autotune.configs.get_configs("factored", problem.kernel)]
+        assert found == {autotune.label(config) for configs in lists for config in configs}
+    assert {job[0] for job in jobs[: len(autotune.PROBLEMS)]} == set(autotune.PROBLEMS)  # all problems from the start
+
+
+def test_a_run_records_every_configuration_and_a_second_adds_nothing(gpu, capsys):
+    autotune.run_study(problems=PROBLEMS)
+    rows = tables.read("autotune")
+    assert autotune.keys_of(rows) == {autotune.key_of(*job) for job in autotune.all_jobs(PROBLEMS)}
+    assert len(rows) == 87 + 147
+    errors = rows.dropna(subset="error").set_index(autotune.KEY)["error"]
+    assert set(errors) == {
+        "CompilationError: no",
+        "ValueError: does not launch",
+    }
+    assert rows["time_us"].notna().sum() == len(gpu["timed"]) == len(rows) - len(errors)
+    assert (rows["gpu"] == GPU).all()
+
+    autotune.run_study(problems=PROBLEMS)
+    assert len(tables.read("autotune")) == len(rows)
+    assert "234 configurations are on record, 0 are not" in capsys.readouterr().out
+
+
+def test_what_was_measured_before_a_stop_is_kept_and_gone_on_from(gpu, capsys):
+    gpu["stop"] = 7
+    autotune.run_study(problems=PROBLEMS)
+    assert "Stopped." in capsys.readouterr().out
+    first = tables.read("autotune")
+    assert first["time_us"].notna().sum() == 7
+    gpu["stop"] = math.inf
+    autotune.run_study(problems=PROBLEMS)
+    whole = tables.read("autotune")
+    assert len(whole) == 234
+    assert not whole.duplicated(autotune.KEY).any()
+    pd.testing.assert_frame_equal(whole.head(len(first))[list(first)], first, check_dtype=False)
+
+
+def test_the_time_is_over(gpu):
+    autotune.run_study(minutes=0, problems=PROBLEMS)
+    assert not gpu["timed"]
+    assert tables.read("autotune")["error"].notna().all()  # found by compiling; nothing stands for what was not timed
+
+
+@pytest.mark.parametrize("changed", ["gpu", "torch", "triton", "source"])
+def test_a_changed_gpu_version_or_source_is_measured_anew_and_not_mixed(gpu, changed):
+    autotune.run_study(problems=PROBLEMS[:1])
+    gpu["setting"][changed] = "another"
+    autotune.run_study(problems=PROBLEMS[:1])
+    assert len(tables.read("autotune")) == 2 * 87
+    rows = autotune.recorded_rows("autotune")
+    assert len(rows) == (2 * 87 if changed == "gpu" else 87)
+    assert set(rows[changed]) == ({GPU, "another"} if changed == "gpu" else {"another"})
+
+
+def test_a_short_run_of_another_source_does_not_replace_the_whole_record(gpu):
+    autotune.run_study(problems=PROBLEMS[:1])
+    gpu["setting"]["source"], gpu["stop"] = "another", len(gpu["timed"]) + 3
+    autotune.run_study(problems=PROBLEMS[:1])
+    assert set(autotune.recorded_rows("autotune")["source"]) == {"s"}
+
+
+def test_no_gpu():
+    if autotune.torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(RuntimeError, match="PyTorch finds none here"):
+        autotune.run_study(problems=PROBLEMS)
+
+
+def test_a_folder_that_cannot_be_written_to(gpu, monkeypatch):
+    def fail(path, *_, **__):
+        raise OSError(28, "No space left on device", str(path))
+
+    autotune.run_study(problems=PROBLEMS[:1])
+    before = tables.read("autotune")
+    monkeypatch.setattr(pd.DataFrame, "to_csv", lambda self, path, **_: fail(path))
+    with pytest.raises(OSError, match=r"No space left on device: .*autotune\.partial"):
+        autotune.run_study(problems=PROBLEMS)
+    pd.testing.assert_frame_equal(tables.read("autotune"), before)
+
+
+def test_no_folder_to_write_to_is_known_before_anything_is_measured(gpu, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tables, "DATA", tmp_path / "file" / "data")
+    with pytest.raises(NotADirectoryError, match="file"):
+        autotune.run_study(problems=PROBLEMS)
+    assert not gpu["compiled"]
+
+
+def test_verifying_prints_the_rank_correlation_and_keeps_nothing(gpu, capsys):
+    autotune.run_study(problems=PROBLEMS)
+    count = len(tables.read("autotune"))
+    gpu["factor"] = 1.5
+    autotune.verify()
+    printed = capsys.readouterr().out
+    assert "backward, 1024 tokens, N = 64                     1.000" in printed
+    assert "time again / time on record: median 1.500" in printed
+    assert len(tables.read("autotune")) == count
+
+
+class EndsTheProcess:
+    """Unpickling it ends the process that does."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+def test_a_compiler_that_crashes_or_hangs_is_an_error_of_its_configuration(monkeypatch):
+    assert [outcome for _, outcome in autotune.compile_jobs([EndsTheProcess()])] == [{"error": "the compiler crashed"}]
+    monkeypatch.setattr(autotune, "COMPILE_LIMIT", 0)
+    ((job, outcome),) = autotune.compile_jobs([(PROBLEMS[0], None, None)])
+    assert job[0] == PROBLEMS[0]
+    assert outcome == {"error": "not compiled within 0 s"}
+    assert list(autotune.compile_jobs([(PROBLEMS[0], None, None)], deadline=-math.inf)) == []
+
+
+def test_every_kernel_of_the_study_compiles_without_a_gpu():
+    """Also that stages change nothing on NVIDIA GPUs, which is why tuning drops them."""
+    few = {}
+    for problem in autotune.COMPILED_PROBLEMS:
+        own = autotune.every_config(problem.kernel)
+        one = own[-1] if problem.kernel == "lanes" else own[0]  # what compiles fast
+        few[problem] = [config for config in own if autotune.label(config)[:2] == autotune.label(one)[:2]]
+    rows = autotune.compile_table(("cuda:sm90",), only=lambda problem, config: config in few[problem])
+    assert "error" not in rows
+    assert (rows[["registers", "instructions", "occupancy"]] > 0).all().all()
+    binaries = rows.groupby("kernel")["binary"]
+    assert binaries.size().to_dict() == {problem.kernel: len(configs) for problem, configs in few.items()}
+    assert binaries.size()["fwd"] == 3
+    assert (binaries.nunique() == 1).all()
+
+    rows = autotune.compile_table(("hip:gfx942",), [PROBLEMS[0]], only=lambda _, config: config in few[PROBLEMS[0]][:1])
+    assert (rows[["registers", "instructions", "occupancy"]] > 0).all(axis=None)
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared", "num_warps", "programs"),
+    [
+        ("cuda:sm90", 32, 0, 4, 16),  # 64 warps
+        ("cuda:sm86", 32, 0, 1, 16),  # 16 programs
+        ("cuda:sm90", 255, 0, 4, 2),  # 65536 registers
+        ("cuda:sm80", 33, 0, 4, 12),  # in steps of 256 a warp
+        ("cuda:sm120", 32, 50 * 1024, 4, 1),
+        ("hip:gfx942", 128, 0, 4, 4),
+        ("hip:gfx942", 16, 40 * 1024, 4, 1),
+    ],
+)
+def test_occupancy(arch, registers, shared, num_warps, programs):
+    assert autotune.occupancy(arch, registers, shared, num_warps) == programs
+    assert math.isnan(autotune.occupancy("cuda:sm75", registers, shared, num_warps))
+
+
+def test_the_analysis(gpu):
+    autotune.run_study()
+    rows = autotune.of_gpu(autotune.recorded_rows("autotune"))
+    gains = autotune.gains(rows)
+    assert len(gains) == sum(problem.kernel in autotune.N2_KERNELS for problem in autotune.PROBLEMS)
+    assert (gains["general gain %"] >= 0).all()  # the original lists are a part of the general ones
+    assert (gains["pruned"] >= gains["general"]).all()
+    choices = autotune.choices(rows)
+    assert (choices["time / best"] >= 1).all()
+    assert (choices["best µs"] == gains[["general", "architecture"]].min(axis=1)).all()
+    assert autotune.tries_table(rows).loc["forward, 1024 tokens, N = 64", "original"].endswith(" of 4")
+    for problem in autotune.problems_of(rows):
+        times = autotune.times_of(rows, problem)
+        curve = autotune.regret(times, min(times.values()))
+        assert len(curve) == len(times)
+        assert curve[-1] == 1
+        assert (curve[1:] <= curve[:-1]).all()
+    matrix = autotune.transfer(rows, "bwd")
+    assert [matrix.iloc[i, i] for i in range(len(matrix))] == [1] * len(matrix)
+    assert (matrix >= 1).all().all()
+    assert len(autotune.noise(rows)) > 100
+    assert autotune.noise(rows).between(1, 1.01).all()
+    assert set(autotune.noise_table(rows).index) == {"fwd", "fwd_split", "bwd"}
+    assert autotune.correlations(rows).loc["backward, 1024 tokens, N = 64"].dropna().between(-1, 1).all()
+    rule = autotune.prediction_rule(rows)
+    assert (rule["kept"] <= rule["binaries"]).all()
+    assert (rule["best kept / best"] >= 1).all()
+
+
+def test_the_pasted_lists_hold_a_good_configuration_for_every_problem(gpu, monkeypatch):
+    autotune.run_study()
+    rows = autotune.of_gpu(autotune.recorded_rows("autotune"))
+    name, lists = autotune.paste(rows).split(" = ", 1)
+    assert name == "MEASURED_SPACE"
+    monkeypatch.setitem(autotune.configs.SPACES, "measured", ast.literal_eval(lists))
+    for problem in autotune.problems_of(rows):
+        candidates = autotune.configs.get_configs("measured", problem.kernel)
+        times = autotune.times_of(rows, problem, candidates)
+        assert min(times.values()) <= 1.02 * min(autotune.times_of(rows, problem).values())
+
+
+def test_the_pictures(gpu, tmp_path, capsys):
+    autotune.draw_here()
+    assert capsys.readouterr().out == f"No times of {GPU} are on record.\n"
+    autotune.run_study()
+    rows = autotune.of_gpu(autotune.recorded_rows("autotune"))
+    for problem in autotune.COMPILED_PROBLEMS[:1]:
+        autotune.study.save_figure(autotune.draw_heat_map(rows, problem), f"heat_{problem.kernel}")
+    autotune.study.save_figure(autotune.draw_regret(rows, autotune.problems_of(rows)[:3]), "regret")
+    autotune.study.save_figure(autotune.draw_correlations(rows), "correlations")
+    autotune.study.save_figure(autotune.draw_transfer(rows), "transfer")
+    autotune.show(autotune.draw_gains, rows, name="gains")
+    autotune.show(autotune.gains, rows)
+    assert "general gain %" in capsys.readouterr().out
+    autotune.show(autotune.draw_gains, rows[:0], name="nothing")
+    assert capsys.readouterr().out == "Nothing of this kind is on record yet.\n"
+    gpu["setting"]["gpu"], gpu["factor"] = "another", 2.0
+    autotune.run_study(problems=PROBLEMS)
+    autotune.draw_here()
+    drawn = {path.stem for path in (tmp_path / "figures").glob("*.png")}
+    assert drawn == {"heat_fwd", "regret", "correlations", "transfer", "gains", "autotune_here", "autotune_two_gpus"}
+    assert "MEASURED_SPACE = {" in capsys.readouterr().out
+
+
+def test_first_calls_run_in_processes_of_their_own_and_once(gpu, monkeypatch):
+    program = "import os, pathlib\n"
+    program += "cold = not any(pathlib.Path(os.environ['TRITON_CACHE_DIR']).iterdir())\n"
+    program += "(pathlib.Path(os.environ['TRITON_CACHE_DIR']) / 'kernel').touch()\n"
+    program += "print([2.0 if cold else 0.5, 0.25, 0.125])\n"
+    monkeypatch.setattr(autotune, "FIRST_CALL", program)
+    autotune.first_calls(((64, 16, 4),))
+    autotune.first_calls(((64, 16, 4),))
+    rows = tables.read("first_call")
+    assert rows["implementation"].tolist() == ["omni_router"] * 2 + ["original, tuned"] * 2
+    assert rows["cache"].tolist() == ["cold", "warm"] * 2
+    assert rows["first_s"].tolist() == [2.0, 0.5] * 2
+    monkeypatch.setattr(autotune, "FIRST_CALL", "raise SystemExit('out of luck')")
+    with pytest.raises(RuntimeError, match="The first call of omni_router failed:\nout of luck"):
+        autotune.first_calls(((128, 16, 4),))

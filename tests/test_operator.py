@@ -1,0 +1,392 @@
+"""omni_router at home in PyTorch: a registered operator that compiles, exports, captures, checkpoints and batches."""
+
+import hashlib
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from cases import DTYPES, ON_GPU, assert_same_bits, dtype_name, oracle_backward
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+import omni_kernels
+from omni_kernels import brute_force_router, omni_router
+
+FP32, FP16, BF16 = DTYPES
+BACKENDS = ["aot_eager", "inductor"] if ON_GPU else ["aot_eager"]  # without a GPU inductor asks for a C++ compiler
+COMPILED = pytest.mark.parametrize("backend", BACKENDS)
+NEEDS_GPU = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+ROUTE, ROUTE_BACKWARD = torch.ops.omni_kernels.omni_router.default, torch.ops.omni_kernels.omni_router_backward.default
+
+
+def logits(num_tokens, num_expert_sqrt, device, dtype=FP32, seed=0):
+    """Two leaves whose sums are exact and distinct enough: every path routes them alike."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = torch.randint(-99, 100, (2, num_tokens, num_expert_sqrt), generator=generator) / 8
+    return tuple(part.to(device, dtype).requires_grad_() for part in parts)
+
+
+def gradients(function, x, y):
+    """Scores, indices, and the gradients of a weighted sum of the scores."""
+    scores, indices = function(x, y)
+    weights = torch.linspace(-1, 1, scores.numel(), device=x.device).view_as(scores).to(scores.dtype)
+    return scores.detach(), indices, *torch.autograd.grad(scores, (x, y), weights)
+
+
+def route(x, y):
+    return omni_router(x, y, 3)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+
+
+# Registration --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "k", "dtype", "scores_dtype"),
+    [(5, 3, FP32, FP32), (5, 3, BF16, BF16), (5, 9, FP16, FP32), (0, 3, FP32, FP32), (5, 0, BF16, FP32)],
+)
+def test_opcheck(num_tokens, k, dtype, scores_dtype, device):
+    x, y = logits(num_tokens, 4, device, dtype)
+    torch.library.opcheck(ROUTE, (x, y, k, scores_dtype))
+    torch.library.opcheck(ROUTE, (x.t().contiguous().t(), y.detach(), k, scores_dtype))
+    scores, indices = ROUTE(x, y, k, scores_dtype)
+    torch.library.opcheck(ROUTE_BACKWARD, (torch.ones_like(scores).requires_grad_(), indices, 4, dtype))
+
+
+def test_fake_tensors(device):
+    with FakeTensorMode():
+        x, y = torch.empty(2, 5, 4, device=device, dtype=BF16).unbind()
+        scores, indices = omni_router(x.requires_grad_(), y, 3, scores_dtype=FP32)
+        scores.sum().backward()
+    assert (scores.shape, scores.dtype, indices.shape, indices.dtype) == ((5, 3), FP32, (5, 3), torch.int32)
+    assert (x.grad.shape, x.grad.dtype, x.grad.device.type) == ((5, 4), BF16, torch.device(device).type)
+
+
+def test_imported_twice(tmp_path):
+    """Under another name, and again under its own after it was forgotten: each import works, and the older ones too."""
+    package = pathlib.Path(omni_kernels.__file__).parent
+    shutil.copytree(package, tmp_path / "their_router", ignore=shutil.ignore_patterns("__pycache__"))
+    program = """
+import sys, torch, omni_kernels, their_router
+routers = [omni_kernels.omni_router, their_router.omni_router]
+for name in [name for name in sys.modules if name.split(".")[0] == "omni_kernels"]:
+    del sys.modules[name]
+import omni_kernels as again
+routers.append(again.omni_router)
+for router in routers:
+    x = torch.zeros(1, 2, requires_grad=True)
+    scores, indices = router(x, torch.tensor([[1.0, 3.0]]), 3)
+    scores.sum().backward()
+    print(indices.tolist(), x.grad.tolist(), scores.grad_fn.name())
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    lines = [line.rpartition(" ") for line in run.stdout.splitlines()]
+    assert [result for result, _, _ in lines] == ["[[1, 3, 0]] [[2.0, 1.0]]"] * 3
+    assert len({name for _, _, name in lines}) == 3
+
+
+# Compilers -----------------------------------------------------------------------------------------------------------
+
+
+@COMPILED
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_compiles_without_graph_breaks(backend, dtype, device):
+    x, y = logits(6, 4, device, dtype)
+
+    def layer(x, y):
+        scores, indices = omni_router(x * 2, y + 1, 3)
+        return scores * 2, indices
+
+    compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=False)
+    assert_same_bits(gradients(compiled, x, y), gradients(layer, x, y))
+
+
+@COMPILED
+def test_compiles_once_for_all_token_counts(backend, device):
+    compiled = torch.compile(route, fullgraph=True, backend=backend, dynamic=True)
+    gradients(compiled, *logits(6, 4, device))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for num_tokens in (2, 7, 100):
+            x, y = logits(num_tokens, 4, device)
+            assert_same_bits(gradients(compiled, x, y), gradients(route, x, y))
+
+
+@COMPILED
+@pytest.mark.parametrize("num_tokens", [0, 1])
+def test_compiles_for_hardly_any_tokens(backend, num_tokens, device):
+    x, y = logits(num_tokens, 4, device)
+    compiled = torch.compile(route, fullgraph=True, backend=backend)
+    assert_same_bits(gradients(compiled, x, y), gradients(route, x, y))
+
+
+def test_compiles_with_fp32_scores(device):
+    x, y = logits(6, 4, device, BF16)
+    compiled = torch.compile(omni_router, fullgraph=True, backend="aot_eager")
+    assert_same_bits(
+        gradients(lambda x, y: compiled(x, y, 3, scores_dtype=FP32), x, y),
+        gradients(lambda x, y: omni_router(x, y, 3, scores_dtype=FP32), x, y),
+    )
+
+
+def test_checks_stay_when_compiled(device):
+    x, y = logits(6, 4, device)
+    compiled = torch.compile(omni_router, backend="eager")
+    with pytest.raises(ValueError, match=r"num_experts_per_token must be from 0 to num_expert_sqrt² = 16, got 17"):
+        compiled(x, y, 17)
+    with pytest.raises(ValueError, match="router_logits_y must have the shape of router_logits_x"):
+        compiled(x, y[:, :3], 3)
+    with pytest.raises(TypeError, match="num_experts_per_token must be an int"):
+        compiled(x, y, 3.0)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports(strict, device):
+    class Layer(torch.nn.Module):
+        def forward(self, x, y):
+            return omni_router(x, y, 3)
+
+    tokens = torch.export.Dim("tokens", min=2)
+    example = tuple(part.detach() for part in logits(6, 4, device))
+    program = torch.export.export(Layer(), example, dynamic_shapes=({0: tokens}, {0: tokens}), strict=strict)
+    assert [node.target for node in program.graph.nodes].count(ROUTE) == 1
+    for num_tokens in (2, 9):
+        x, y = (part.detach() for part in logits(num_tokens, 4, device))
+        assert_same_bits(program.module()(x, y), route(x, y))
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint(use_reentrant, device):
+    x, y = logits(6, 4, device)
+    want = gradients(route, x, y)
+    scores, indices = checkpoint(route, x, y, use_reentrant=use_reentrant)
+    scores.backward(torch.linspace(-1, 1, 18, device=device).view(6, 3))
+    assert_same_bits((scores.detach(), indices, x.grad, y.grad), want)
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=dtype_name)
+def test_autocast_leaves_the_dtype_alone(dtype, device):
+    for own in DTYPES:
+        x, y = logits(6, 4, device, own)
+        with torch.autocast(torch.device(device).type, dtype):
+            got = gradients(route, x, y)
+        assert_same_bits(got, gradients(route, x, y))
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=dtype_name)
+def test_trains_under_autocast_with_a_scaler(dtype, device):
+    torch.manual_seed(0)
+    kind = torch.device(device).type
+    gates = torch.nn.Linear(8, 32).to(device)
+    hidden = torch.randn(6, 8, device=device)
+    scaler, optimizer = torch.amp.GradScaler(kind, init_scale=256.0), torch.optim.SGD(gates.parameters(), lr=1e-3)
+    before = gates.weight.detach().clone()
+    with torch.autocast(kind, dtype):
+        x, y = gates(hidden).chunk(2, dim=1)
+        scores, _ = omni_router(x, y, 3)
+        loss = scores.float().logsumexp(1).sum()
+    assert x.dtype == scores.dtype == dtype
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    change = gates.weight.detach() - before
+    assert change.isfinite().all()
+    assert change.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_double_backward(dtype, device):
+    """A gather in the incoming gradient, and nothing for the logits, as autograd finds through the definition."""
+    x, y = logits(6, 4, device, dtype)
+    results = []
+    for router in (omni_router, brute_force_router):
+        incoming = (torch.arange(18, device=device).view(6, 3) - 8).to(dtype).requires_grad_()
+        grads = torch.autograd.grad(router(x, y, 3)[0], (x, y), incoming, create_graph=True)
+        weights = [torch.arange(24, device=device).view(6, 4).to(dtype) - shift for shift in (5, 11)]
+        back = torch.autograd.grad(grads, (incoming, x, y), weights, allow_unused=True, materialize_grads=True)
+        results.append(back)
+    assert_same_bits(*results)
+    assert results[0][0].any()
+    assert not results[0][1].any()
+    assert not results[0][2].any()
+
+
+def test_third_backward(device):
+    x, y = logits(6, 4, device)
+    incoming, weights = torch.randn(6, 3, device=device).requires_grad_(), torch.randn(6, 4, device=device)
+    weights.requires_grad_()
+    (grad,) = torch.autograd.grad(route(x, y)[0], x, incoming, create_graph=True)
+    (back,) = torch.autograd.grad(grad, incoming, weights, create_graph=True)
+    (again,) = torch.autograd.grad(back, weights, incoming.detach())
+    assert torch.equal(again, grad)  # the gather's gradient is the sum the router's was
+
+
+def test_forward_mode_is_refused(device):
+    x, y = (part.detach() for part in logits(6, 4, device))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        omni_router(forward_ad.make_dual(x, torch.ones_like(x)), y, 3)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda y: omni_router(x, y, 3)[0], (y,), (y,))
+
+
+def test_functional_grad_is_refused(device):
+    x, y = (part.detach() for part in logits(6, 4, device))
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(lambda x: omni_router(x, y, 3)[0].sum())(x)
+
+
+@pytest.mark.parametrize("in_dims", [(0, 0), (1, 0), (0, None), (None, 2)])
+@pytest.mark.parametrize("num_tokens", [0, 6])
+def test_vmap(in_dims, num_tokens, device):
+    """As a loop over the batch; also backward, where a logit that all share gets the sum."""
+    leaves = logits(3 * num_tokens, 4, device, seed=1)
+    batches = [leaf.detach().unflatten(0, (3, num_tokens)) for leaf in leaves]
+    x, y = (
+        (batch[0] if dim is None else batch.movedim(0, dim)).contiguous().requires_grad_()
+        for batch, dim in zip(batches, in_dims, strict=True)
+    )
+    parts = [
+        [part if dim is None else part.select(dim, index) for part, dim in zip((x, y), in_dims, strict=True)]
+        for index in range(3)
+    ]
+
+    def loop(x, y):
+        return tuple(map(torch.stack, zip(*(route(*part) for part in parts), strict=True)))
+
+    assert_same_bits(gradients(torch.vmap(route, in_dims), x, y)[:2], gradients(loop, x, y)[:2])
+    for got, want in zip(gradients(torch.vmap(route, in_dims), x, y), gradients(loop, x, y), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_vmap_of_the_backward(device):
+    x, y = logits(6, 4, device)
+    scores, _ = route(x, y)
+    incoming = torch.randint(-8, 9, (5, 6, 3), device=device).float()
+    batched = torch.autograd.grad(scores, (x, y), incoming, retain_graph=True, is_grads_batched=True)
+    single = [torch.autograd.grad(scores, (x, y), grad, retain_graph=True) for grad in incoming]
+    assert_same_bits(batched, [torch.stack(grads) for grads in zip(*single, strict=True)])
+
+
+# Scores of another dtype ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [5, 16, 70])  # by a kernel, and past its limit
+@pytest.mark.parametrize("scores_dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_scores_dtype(dtype, scores_dtype, k, device):
+    """The fp32 sums, rounded once; the experts do not depend on it, and the gradients have the logits' dtype."""
+    x, y = logits(6, 9, device, dtype)
+    scores, indices = omni_router(x, y, k, scores_dtype=scores_dtype)
+    want, want_indices = brute_force_router(x.detach().float(), y.detach().float(), k)
+    assert_same_bits((scores.detach(), indices), (want.to(scores_dtype), want_indices))
+    grad = torch.randn(6, k, device=device).to(scores_dtype)
+    want = [part.to(dtype) for part in oracle_backward(grad.float(), indices, 9)]
+    grads = torch.autograd.grad(scores, (x, y), grad)
+    if k <= 64:
+        assert_same_bits(grads, want)
+    else:
+        torch.testing.assert_close(grads, tuple(want))
+
+
+@pytest.mark.parametrize("scores_dtype", [torch.float64, torch.int32, "float32", 32])
+def test_bad_scores_dtype(scores_dtype, device):
+    with pytest.raises(TypeError, match=r"scores_dtype must be None, float32, float16 or bfloat16, got "):
+        omni_router(*logits(6, 4, device), 3, scores_dtype=scores_dtype)
+
+
+# Processes, streams, graphs, devices ---------------------------------------------------------------------------------
+
+SOME_GRADIENTS = """
+import hashlib, torch
+from omni_kernels import omni_router
+device = "cuda" if torch.cuda.is_available() else "cpu"
+generator = torch.Generator().manual_seed(0)
+size = (2, 5000, 64) if device == "cuda" else (2, 6, 8)
+x, y = (part.to(device).requires_grad_() for part in torch.randn(size, generator=generator))
+scores, indices = omni_router(x, y, 16)
+weights = torch.randn(scores.shape, generator=generator).to(device)
+grads = torch.autograd.grad(scores, (x, y), weights)
+print(hashlib.sha256(torch.stack(grads).cpu().numpy().tobytes()).hexdigest())
+"""
+
+
+def test_two_processes_give_the_same_bits():
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", SOME_GRADIENTS]
+    runs = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    digests = [run.communicate()[0].strip() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    assert len(digests[0]) == hashlib.sha256().digest_size * 2
+    assert digests[0] == digests[1]
+
+
+@NEEDS_GPU
+@pytest.mark.parametrize(("num_expert_sqrt", "k"), [(64, 16), (256, 40)])
+def test_cuda_graph(num_expert_sqrt, k):
+    """Forward and backward captured once, replayed on other logits."""
+    x, y = logits(100, num_expert_sqrt, "cuda")
+    weights = torch.randn(100, k, device="cuda")
+
+    def step():
+        scores, indices = omni_router(x, y, k)
+        return scores.detach(), indices, *torch.autograd.grad(scores, (x, y), weights)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in (1, 2):
+        with torch.no_grad():
+            for leaf, value in zip((x, y), logits(100, num_expert_sqrt, "cuda", seed=seed), strict=True):
+                leaf.copy_(value)
+        graph.replay()
+        assert_same_bits(captured, step())
+
+
+@NEEDS_GPU
+def test_compiled_into_cuda_graphs():
+    x, y = logits(64, 64, "cuda", BF16)
+    compiled = torch.compile(route, fullgraph=True, mode="reduce-overhead")
+    for _ in range(3):
+        torch.compiler.cudagraph_mark_step_begin()
+        assert_same_bits(gradients(compiled, x, y), gradients(route, x, y))
+
+
+@NEEDS_GPU
+def test_side_stream():
+    """The logits are written on the same stream, behind work that keeps it busy; nobody waits for another stream."""
+    want = gradients(route, *logits(5000, 64, "cuda"))
+    values = logits(5000, 64, "cuda")
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        got = gradients(route, *(value.detach().clone().requires_grad_() for value in values))
+    stream.synchronize()
+    assert_same_bits(got, want)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_second_device():
+    """Whichever device is the current one."""
+    want = gradients(route, *logits(50, 64, "cuda:0"))
+    got = gradients(route, *logits(50, 64, "cuda:1"))
+    assert all(part.device == torch.device("cuda:1") for part in got)
+    assert_same_bits([part.cpu() for part in got], [part.cpu() for part in want])
