@@ -192,6 +192,94 @@ def _candidates_of_tile(row, skip, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K:
     return keys
 
 
+@triton.constexpr_function
+def _bit_length(number):
+    return number.bit_length()
+
+
+@triton.constexpr_function
+def _gcd(a, b):
+    return math.gcd(a, b)
+
+
+@triton.jit
+def _top_of_tile(row, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+                 CHUNK: tl.constexpr, VECTOR: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
+    """The 64-bit keys of the K best of a tile of fp32 logits, descending, mostly by sorting 32-bit keys.
+
+    Those hold the upper bits of a value, then its column. Where the K-th and the next differ in the upper bits, the
+    lower ones cannot change which K are best, and only these are sorted again, by all bits. Else, if the tile's logits
+    have lower bits at all, all columns are sorted by all bits.
+    """
+    BITS: tl.constexpr = _bit_length(TILE_N - 1)
+    keys = ()
+    if CHUNK == 1:
+        doubt = row < 0
+        for start in tl.static_range(0, TILE_N * 4, VECTOR):
+            keys = keys + keys_of_bytes(row, start, start // 4, DTYPE, VECTOR, BITS, FP64)
+    else:
+        CHUNK_BITS: tl.constexpr = _bit_length(TILE_N // CHUNK - 1)
+        maxima = _keys_of_maxima(row, DTYPE, TILE_N, CHUNK, VECTOR, CHUNK_BITS, FP64)
+        chunks = _best_of_groups(maxima, K + 1, GROUP, True, FP64)
+        doubt = (chunks[K - 1] ^ chunks[K]) < 1 << CHUNK_BITS
+        for i in tl.static_range(K):
+            start = unpack(chunks[i], CHUNK_BITS)[1] * CHUNK
+            keys = keys + keys_of_bytes(row + start * 4, 0, start, DTYPE, CHUNK * 4, BITS, FP64)
+    best = _best_of_groups(keys, K + 1, GROUP, True, FP64)
+    if len(best) > K:
+        doubt = doubt | ((best[K - 1] ^ best[K]) < 1 << BITS)
+    exact = ()
+    for rank in tl.static_range(K):
+        column = unpack(best[rank], BITS)[1]
+        exact = exact + _keys((_value_at(row + column * 4),), column, 32, True, FP64)
+    turned = doubt & False
+    for rank in tl.static_range(1, K):
+        turned = turned | is_less(exact[rank - 1], exact[rank], FP64)
+    for _ in tl.range(tl.max(turned.to(tl.int32), 0) * (K // 2 + 1)):
+        exact = _settle(exact, True, FP64)
+
+    lower = doubt & False
+    for _ in tl.range(tl.max(doubt.to(tl.int32), 0)):
+        lower = doubt & (_any_of_tile(row, TILE_N, VECTOR) & ((1 << BITS) - 1) != 0)
+    for _ in tl.range(tl.max(lower.to(tl.int32), 0)):
+        exact = _sorted_top(row, DTYPE, TILE_N, K, _gcd(TILE_N, GROUP), VECTOR, FP64)
+    return exact
+
+
+@triton.jit
+def _sorted_top(row, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+                VECTOR: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
+    """The 64-bit keys of the K best of a tile of fp32 logits, in little code."""
+    best = ()
+    for rank in tl.static_range(K):
+        best = best + (lowest(tl.zeros_like(row).to(tl.int64), FP64),)
+    for group in tl.range(TILE_N // GROUP):
+        start = hide(tl.zeros_like(row).to(tl.int32) + group * GROUP)
+        keys = ()
+        for offset in tl.static_range(0, GROUP * 4, VECTOR):
+            keys = keys + keys_of_bytes(row + start * 4, offset, start + offset // 4, DTYPE, VECTOR, 32, FP64)
+        best = merge(best, sort(keys, True, FP64), K, True, FP64)[:K]
+    return best
+
+
+@triton.jit
+def _any_of_tile(row, TILE_N: tl.constexpr, VECTOR: tl.constexpr):
+    """The bits that any of a tile's fp32 logits has."""
+    bits = tl.zeros_like(row).to(tl.int32)
+    for start in tl.range(0, TILE_N * 4, VECTOR):
+        # Hidden, or the compiler would keep the tile in registers since it was read before.
+        words = load_words(row + hide(tl.zeros_like(bits) + start), 0, VECTOR // 4)
+        for i in tl.static_range(len(words)):
+            bits = bits | words[i]
+    return bits
+
+
+@triton.jit
+def _value_at(address):
+    """The fp32 logit at an address of load_words."""
+    return load_words(address, 0, 1)[0].to(tl.float32, bitcast=True)
+
+
 @triton.jit
 def lowest(like, FP64: tl.constexpr):
     """A key below all others, of the type of `like`."""
@@ -296,7 +384,7 @@ def _half_staircase(values, ids, other_values, other_ids, odd, RANKS: tl.constex
         for i in tl.static_range(_first_pair(a, K, RANKS) + 1, _first_pair(a + 1, K, RANKS)):
             turned = turned | is_less(keys[i - 1], keys[i], FP64)
     for _ in range(tl.max(turned.to(tl.int32), 0) * (RANKS // 2 + 1)):
-        keys = _exchange_neighbours(keys, RANKS, K, SIDE, NVIDIA, FP64)
+        keys = _settle_rows(keys, RANKS, K, SIDE, NVIDIA, FP64)
 
     best = ()
     for a in tl.static_range(SIDE):
@@ -306,18 +394,24 @@ def _half_staircase(values, ids, other_values, other_ids, odd, RANKS: tl.constex
 
 
 @triton.jit
-def _exchange_neighbours(keys, RANKS: tl.constexpr, K: tl.constexpr, SIDE: tl.constexpr, NVIDIA: tl.constexpr,
-                         FP64: tl.constexpr):  # fmt: skip
-    """Two steps of an odd-even transposition sort in every row."""
-    for parity in tl.static_range(2):
-        exchanged = ()
-        for a in tl.static_range(SIDE):
-            exchanged = exchanged + keys[len(exchanged) : min(len(exchanged) + parity, _first_pair(a + 1, K, RANKS))]
-            for i in tl.static_range(len(exchanged), _first_pair(a + 1, K, RANKS) - 1, 2):
-                exchanged = exchanged + exchange(keys[i], keys[i + 1], NVIDIA, FP64)
-            exchanged = exchanged + keys[len(exchanged) : _first_pair(a + 1, K, RANKS)]
-        keys = exchanged
+def _settle(keys, NVIDIA: tl.constexpr, FP64: tl.constexpr):
+    """Two steps of an odd-even transposition sort."""
+    for first in tl.static_range(2):
+        settled = keys[:first]
+        for i in tl.static_range(first, len(keys) - 1, 2):
+            settled = settled + exchange(keys[i], keys[i + 1], NVIDIA, FP64)
+        keys = settled + keys[len(settled) :]
     return keys
+
+
+@triton.jit
+def _settle_rows(keys, RANKS: tl.constexpr, K: tl.constexpr, SIDE: tl.constexpr, NVIDIA: tl.constexpr,
+                 FP64: tl.constexpr):  # fmt: skip
+    """`_settle` for every row of a lane's half of the staircase."""
+    settled = ()
+    for a in tl.static_range(SIDE):
+        settled = settled + _settle(keys[_first_pair(a, K, RANKS) : _first_pair(a + 1, K, RANKS)], NVIDIA, FP64)
+    return settled
 
 
 @triton.jit
@@ -345,58 +439,59 @@ def lanes_kernel(
     num_tokens,
     NUM_EXPERT_SQRT: tl.constexpr, K: tl.constexpr, SIDE: tl.constexpr,
     LANES: tl.constexpr, SEGMENT: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, GROUP: tl.constexpr,
-    CHUNK: tl.constexpr, VECTOR: tl.constexpr, STAGED: tl.constexpr,
+    CHUNK: tl.constexpr, VECTOR: tl.constexpr, STAGED: tl.constexpr, HALVED: tl.constexpr,
     INDEX_BITS: tl.constexpr, ROW_BITS: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr,
 ):  # fmt: skip
     RANKS: tl.constexpr = min(K, NUM_EXPERT_SQRT)
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
     lane = tl.arange(0, TILE_M)
-    tokens = tl.program_id(0).to(tl.int64) * (TILE_M // LANES) + lane // LANES
-    inside = tokens < num_tokens
     odd = lane % 2 == 1
-    read = tl.minimum(tokens, num_tokens - 1)  # lanes past the end route the last token again, and store nothing
-    x_ptrs, y_ptrs = x_ptr + read * stride_xm, y_ptr + read * stride_ym
-    row_ptrs, stride_n = tl.where(odd, y_ptrs, x_ptrs), tl.where(odd, stride_yn, stride_xn)
+    stride_n = tl.where(odd, stride_yn, stride_xn)
     # Where segments do not divide the row, the last ones begin early and skip what others have read.
     RAGGED: tl.constexpr = LANES // 2 * SEGMENT != NUM_EXPERT_SQRT
     first_column = tl.minimum(lane % LANES // 2 * SEGMENT, NUM_EXPERT_SQRT - SEGMENT)
     skip = lane % LANES // 2 * SEGMENT - first_column
-
     OWN: tl.constexpr = min(RANKS, SEGMENT)
+    TILES: tl.constexpr = SEGMENT // max(TILE_N, 1)
+
+    tokens = tl.program_id(0).to(tl.int64) * (TILE_M // LANES) + lane // LANES
+    inside = tokens < num_tokens
+    read = tl.minimum(tokens, num_tokens - 1)  # lanes past the end route the last token again, and store nothing
+    x_ptrs, y_ptrs = x_ptr + read * stride_xm, y_ptr + read * stride_ym
+    row_ptrs = tl.where(odd, y_ptrs, x_ptrs)
     if TILE_N > 0:
-        DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-        BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
-        TILES: tl.constexpr = SEGMENT // TILE_N
-        tile = row_ptrs.to(tl.int64) + first_column * BYTES
+        segment = row_ptrs.to(tl.int64) + first_column * BYTES
         if STAGED:
             # Rows an odd number of vectors apart meet every bank once.
             PITCH: tl.constexpr = (TILE_N * BYTES // VECTOR + 1 - TILE_N * BYTES // VECTOR % 2) * VECTOR
             buffer = allocate_rows(lane, TILE_M * PITCH) + lane // 32 * (32 * PITCH)
-            copy_rows(buffer, tile, (lane >= 0).to(tl.int32), TILE_N * BYTES, VECTOR, PITCH)
-        if TILES == 1:
+            copy_rows(buffer, segment, (lane >= 0).to(tl.int32), TILE_N * BYTES, VECTOR, PITCH)
+        best = ()
+        for rank in tl.static_range(OWN):
+            best = best + (lowest(lane.to(tl.int64) if INDEX_BITS == 32 else lane, FP64),)
+        for step in tl.range(TILES):
+            # Hidden, or LLVM would count the columns in 64 bits, and sort keys of 64 bits to subtract them from.
+            column = hide(lane * 0 + step * TILE_N)
+            row = segment + column * BYTES
             if STAGED:
                 wait_for_rows(lane)
-                tile = buffer + lane % 32 * PITCH
-            keys = _candidates_of_tile(tile, skip, DTYPE, TILE_N, OWN, GROUP, CHUNK, VECTOR, INDEX_BITS, RAGGED, FP64)
-            best = _best_of_groups(keys, OWN, GROUP, NVIDIA, FP64)
-        else:
-            best = ()
-            for _ in tl.static_range(OWN):
-                best = best + (lowest(lane.to(tl.int64) if INDEX_BITS == 32 else lane, FP64),)
-            for step in tl.range(TILES):
-                # Hidden, or LLVM would count the columns in 64 bits, and sort keys of 64 bits to subtract them from.
-                column = hide(lane * 0 + step * TILE_N)
-                row = tile + column * BYTES
-                if STAGED:
-                    wait_for_rows(lane)
-                    row = buffer + lane % 32 * PITCH
+                row = buffer + lane % 32 * PITCH
+            if HALVED:
+                more = _top_of_tile(row, DTYPE, TILE_N, OWN, GROUP, CHUNK, VECTOR, FP64)
+            else:
                 keys = _candidates_of_tile(
                     row, skip - column, DTYPE, TILE_N, OWN, GROUP, CHUNK, VECTOR, INDEX_BITS, RAGGED, FP64
                 )  # fmt: skip
-                if STAGED:
-                    wanted = (lane * 0 + step + 1 < TILES).to(tl.int32)
-                    copy_rows(buffer, tile + (column + TILE_N) * BYTES, wanted, TILE_N * BYTES, VECTOR, PITCH)
-                more = _shift(_best_of_groups(keys, OWN, GROUP, NVIDIA, FP64), column, FP64)
-                best = merge(best, more, OWN, NVIDIA, FP64)[:OWN]
+            if STAGED:
+                wanted = (lane * 0 + step + 1 < TILES).to(tl.int32)
+                copy_rows(buffer, segment + (column + TILE_N) * BYTES, wanted, TILE_N * BYTES, VECTOR, PITCH)
+            if not HALVED:
+                more = _best_of_groups(keys, OWN, GROUP, NVIDIA, FP64)
+            if TILES == 1:
+                best = more
+            else:
+                best = merge(best, _shift(more, column, FP64), OWN, NVIDIA, FP64)[:OWN]
         if LANES > 2:
             best = _shift(best, first_column, FP64)
     else:
@@ -409,7 +504,6 @@ def lanes_kernel(
                 best, partners(best, 1 << level, NVIDIA), min(RANKS, 2 * len(best)), NVIDIA, FP64
             )  # fmt: skip
 
-    # Where +inf may meet -inf, or NaN is there, all of the token's scores become NaN: every path agrees on that.
     # Each lane looks at one of the two ways they may meet; its NaN reaches the other lane with its values.
     first, last = unpack(best[0], INDEX_BITS, FP64)[0], unpack(best[RANKS - 1], INDEX_BITS, FP64)[0]
     widest = first + partner(last, 1, NVIDIA)
@@ -485,12 +579,12 @@ def lanes_forward(router_logits_x, router_logits_y, num_experts_per_token, score
     scores = torch.empty((num_tokens, k), dtype=output_dtype(scores_dtype), device=device)
     indices = torch.empty((num_tokens, k), dtype=torch.int32, device=device)
     lanes = lanes_per_token(num_tokens, num_expert_sqrt, x.element_size(), device)
-    tile_m = 1024 if interpreting() else 32
+    tile_m = 1024 if interpreting() else 64 if lanes == 2 else 32
     with device_of(x):
         lanes_kernel[(-(-num_tokens * lanes // tile_m),)](
             x, y, scores, indices, *x.stride(), *y.stride(), num_tokens,
             **_constants(num_expert_sqrt, k, x.dtype, lanes, row_alignment(x, y), compares_doubles(device)),
-            TILE_M=tile_m, num_warps=1,
+            TILE_M=tile_m, num_warps=max(1, tile_m // 32) if not interpreting() else 1,
         )  # fmt: skip
     return scores.to(scores_dtype), indices
 
@@ -513,7 +607,7 @@ def _constants(num_expert_sqrt, k, dtype, lanes, alignment, fp64):
     itemsize = dtype.itemsize
     row = num_expert_sqrt * itemsize
     vector = min(alignment, row & -row)  # bytes of a load
-    reading = {"SEGMENT": -(-num_expert_sqrt // (lanes // 2)), "TILE_N": 0, "CHUNK": 1, "VECTOR": 0, "STAGED": False}
+    reading = {"SEGMENT": -(-num_expert_sqrt // (lanes // 2)), "TILE_N": 0, "CHUNK": 1, "VECTOR": 0, "STAGED": False, "HALVED": False}
     if vector >= 4 and not interpreting():
         step = vector // itemsize
         segment = -(-num_expert_sqrt // (lanes // 2 * step)) * step
@@ -524,7 +618,7 @@ def _constants(num_expert_sqrt, k, dtype, lanes, alignment, fp64):
         if tile_n >= min(segment, MIN_TILE):
             reading = {
                 "SEGMENT": segment, "TILE_N": tile_n, "CHUNK": 1 if ragged else next(chunks, 1), "VECTOR": vector,
-                "STAGED": segment * itemsize >= STAGED_BYTES,
+                "STAGED": segment * itemsize >= STAGED_BYTES, "HALVED": dtype == torch.float32 and not ragged,
             }  # fmt: skip
     return {
         "NUM_EXPERT_SQRT": num_expert_sqrt, "K": k, "SIDE": min(math.isqrt(k), num_expert_sqrt), "LANES": lanes,

@@ -125,10 +125,10 @@ def load_value(ptrs, NVIDIA: tl.constexpr):
     """One logit from anywhere in global memory, as fp32."""
     DTYPE: tl.constexpr = ptrs.dtype.element_ty
     if NVIDIA and DTYPE == tl.float32:
-        bits = tl.inline_asm_elementwise("ld.global.b32 $0, [$1];", "=r,l", [ptrs.to(tl.int64)], tl.int32, True, 1)
+        bits = tl.inline_asm_elementwise("ld.global.b32 $0, [$1];", "=r,l", [ptrs.to(tl.int64)], tl.int32, False, 1)
         return bits.to(tl.float32, bitcast=True)
     elif NVIDIA:
-        bits = tl.inline_asm_elementwise("ld.global.b16 $0, [$1];", "=h,l", [ptrs.to(tl.int64)], tl.int16, True, 1)
+        bits = tl.inline_asm_elementwise("ld.global.b16 $0, [$1];", "=h,l", [ptrs.to(tl.int64)], tl.int16, False, 1)
         return bits.to(DTYPE, bitcast=True).to(tl.float32)
     else:
         return tl.load(ptrs).to(tl.float32)

@@ -431,14 +431,14 @@ VALUES = {
 # The warp ------------------------------------------------------------------------------------------------------------
 
 
-def run_warp(program, parameters, memory, shared_bytes=0, program_id=0):
+def run_warp(program, parameters, memory, shared_bytes=0, program_id=0, num_programs=1):
     """Runs the only warp of a program; what it stores is in `memory` afterwards.
 
     program: what `parse` returned. parameters: the kernel's arguments in order, integers. memory: {address: uint8
     array}, all the global memory there is. shared_bytes: what the launch adds to the shared memory that the kernel
     itself declares. AssertionError: the warp does what no kernel may; a note says in which instruction.
     """
-    warp = Warp(program, parameters, memory, shared_bytes, program_id)
+    warp = Warp(program, parameters, memory, shared_bytes, program_id, num_programs)
     with np.errstate(all="ignore"):
         while warp.position < len(program.instructions):
             statement, *instruction = program.instructions[warp.position]
@@ -451,12 +451,12 @@ def run_warp(program, parameters, memory, shared_bytes=0, program_id=0):
 
 
 class Warp:
-    def __init__(self, program, parameters, memory, shared_bytes, program_id):
+    def __init__(self, program, parameters, memory, shared_bytes, program_id, num_programs):
         self.labels, self.position, self.end = program.labels, 0, len(program.instructions)
         self.parameters = [constant(parameter) for parameter in parameters]
         self.registers = program.constants | dict.fromkeys(("%tid.x", "%laneid"), LANES.view(np.uint64))
         self.registers |= dict.fromkeys(("%tid.y", "%tid.z", "%ctaid.y", "%ctaid.z"), constant(0))
-        self.registers["%ctaid.x"] = constant(program_id)
+        self.registers |= {"%ctaid.x": constant(program_id), "%nctaid.x": constant(num_programs)}
         shared = Memory(SHARED, np.full(program.shared_bytes + shared_bytes, 0xFF, np.uint8))
         private = Memory(PRIVATE, np.full(32 * program.private_bytes, 0xFF, np.uint8))
         self.memory = {"shared": [shared], "local": [private], "global": [Memory(*item) for item in memory.items()]}
