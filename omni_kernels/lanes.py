@@ -44,7 +44,11 @@ MAX_EXPERTS_PER_TOKEN = 32  # more would not fit in a lane's registers
 TILE_BYTES = 512  # what of a row a lane has at hand at once
 DOUBLES = ((8, 0), (9, 0), (10, 0))  # GPUs that compare doubles as fast as integers
 MIN_TILE = 64  # columns below which a tile is not worth its merge
+MANY_LANES = 16  # of a token, where there are few tokens
+WARPS_OF_FEW_TOKENS = 3  # that a scheduler gets, at N = 256, before two lanes a token are faster
 STAGED_BYTES = 128  # of a row a lane; fewer are read straight from global memory
+
+_compiled = set()  # the problems whose kernels are
 
 
 @triton.jit
@@ -578,14 +582,17 @@ def lanes_forward(router_logits_x, router_logits_y, num_experts_per_token, score
     x, y = kernel_input(router_logits_x), kernel_input(router_logits_y)
     scores = torch.empty((num_tokens, k), dtype=output_dtype(scores_dtype), device=device)
     indices = torch.empty((num_tokens, k), dtype=torch.int32, device=device)
+    problem = num_expert_sqrt, k, x.dtype, row_alignment(x, y), compares_doubles(device)
+    args = x, y, scores, indices, *x.stride(), *y.stride(), num_tokens
     lanes = lanes_per_token(num_tokens, num_expert_sqrt, x.element_size(), device)
-    tile_m = 1024 if interpreting() else 64 if lanes == 2 else 32
     with device_of(x):
-        lanes_kernel[(-(-num_tokens * lanes // tile_m),)](
-            x, y, scores, indices, *x.stride(), *y.stride(), num_tokens,
-            **_constants(num_expert_sqrt, k, x.dtype, lanes, row_alignment(x, y), compares_doubles(device)),
-            TILE_M=tile_m, num_warps=max(1, tile_m // 32) if not interpreting() else 1,
-        )  # fmt: skip
+        constants = _constants(*problem, lanes)
+        lanes_kernel[(-(-num_tokens * lanes // constants["TILE_M"]),)](*args, **constants)
+        if (device, scores_dtype, *problem) not in _compiled and not interpreting():
+            _compiled.add((device, scores_dtype, *problem))
+            # No later number of tokens shall have to wait for its kernel.
+            for other in {2, lanes_per_token(1, num_expert_sqrt, x.element_size(), device)} - {lanes}:
+                lanes_kernel.warmup(*args, **_constants(*problem, other), grid=(1,))
     return scores.to(scores_dtype), indices
 
 
@@ -598,7 +605,7 @@ def row_alignment(x, y):
 
 
 @functools.cache
-def _constants(num_expert_sqrt, k, dtype, lanes, alignment, fp64):
+def _constants(num_expert_sqrt, k, dtype, alignment, fp64, lanes):
     """The kernel's constants: among them how a lane reads its segment, in tiles, or logit by logit (TILE_N = 0).
 
     alignment: of the rows, in bytes; 0 where their logits do not lie side by side. Short segments come straight from
@@ -607,7 +614,8 @@ def _constants(num_expert_sqrt, k, dtype, lanes, alignment, fp64):
     itemsize = dtype.itemsize
     row = num_expert_sqrt * itemsize
     vector = min(alignment, row & -row)  # bytes of a load
-    reading = {"SEGMENT": -(-num_expert_sqrt // (lanes // 2)), "TILE_N": 0, "CHUNK": 1, "VECTOR": 0, "STAGED": False, "HALVED": False}
+    reading = {"SEGMENT": -(-num_expert_sqrt // (lanes // 2)), "TILE_N": 0, "CHUNK": 1, "VECTOR": 0}
+    staged = halved = False
     if vector >= 4 and not interpreting():
         step = vector // itemsize
         segment = -(-num_expert_sqrt // (lanes // 2 * step)) * step
@@ -616,15 +624,15 @@ def _constants(num_expert_sqrt, k, dtype, lanes, alignment, fp64):
         ragged = lanes // 2 * segment != num_expert_sqrt
         chunks = (c for c in (4, 2) if 4 <= c * itemsize <= vector and tile_n % c == 0 and tile_n >= 2 * c * k)
         if tile_n >= min(segment, MIN_TILE):
-            reading = {
-                "SEGMENT": segment, "TILE_N": tile_n, "CHUNK": 1 if ragged else next(chunks, 1), "VECTOR": vector,
-                "STAGED": segment * itemsize >= STAGED_BYTES, "HALVED": dtype == torch.float32 and not ragged,
-            }  # fmt: skip
+            chunk = 1 if ragged else next(chunks, 1)
+            reading = {"SEGMENT": segment, "TILE_N": tile_n, "CHUNK": chunk, "VECTOR": vector}
+            staged, halved = segment * itemsize >= STAGED_BYTES, dtype == torch.float32 and not ragged
+    tile_m = 1024 if interpreting() else 64 if lanes == 2 else 32
     return {
         "NUM_EXPERT_SQRT": num_expert_sqrt, "K": k, "SIDE": min(math.isqrt(k), num_expert_sqrt), "LANES": lanes,
-        "GROUP": min(32, max(8, 1 << (min(k, num_expert_sqrt) - 1).bit_length())), **reading,
-        "INDEX_BITS": INDEX_BITS[dtype], "ROW_BITS": _row_bits(k), "NVIDIA": not interpreting(),
-        "FP64": fp64,
+        "GROUP": min(32, max(8, 1 << (min(k, num_expert_sqrt) - 1).bit_length())), "TILE_M": tile_m, **reading,
+        "STAGED": staged, "HALVED": halved, "INDEX_BITS": INDEX_BITS[dtype], "ROW_BITS": _row_bits(k),
+        "NVIDIA": not interpreting(), "FP64": fp64, "num_warps": 1 if interpreting() else tile_m // 32,
     }  # fmt: skip
 
 
@@ -634,10 +642,10 @@ def _row_bits(k):
 
 
 def lanes_per_token(num_tokens, num_expert_sqrt, itemsize, device):
-    """How many lanes share a token: as many as give every scheduler a warp, but none less than 16 bytes of a row."""
-    wanted = _num_lanes(device) // num_tokens
-    longest = num_expert_sqrt * itemsize // 8  # two rows of 16 bytes a lane
-    return 1 << max(1, min(5, wanted.bit_length() - 1, longest.bit_length() - 1))
+    """How many lanes share a token: many while that leaves a scheduler few warps, more of them where rows are long."""
+    few_tokens = num_tokens * MANY_LANES <= _num_lanes(device) * WARPS_OF_FEW_TOKENS * (num_expert_sqrt / 256) ** 0.5
+    longest = num_expert_sqrt * itemsize // 8  # 16 bytes of a row a lane, at least
+    return max(2, min(MANY_LANES, 1 << longest.bit_length() >> 1)) if few_tokens else 2
 
 
 @functools.cache
