@@ -33,19 +33,20 @@ import pandas as pd
 import routing_study as study
 import seaborn as sns
 import tables
+import timing
 import torch
 import triton
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
-from omni_kernels import configs, factored, factored_router, forward, lanes, original, split_forward
+from omni_kernels import configs, factored, factored_router, forward, frontier, lanes, original, split_forward
 from omni_kernels.keys import INDEX_BITS
 
 Problem = collections.namedtuple("Problem", ["kernel", "tokens", "num_expert_sqrt", "k"])
 KEY = [*Problem._fields, "tile", "num_warps", "num_stages"]  # the columns that say what a row is of
 N2_KERNELS = ("fwd", "fwd_split", "bwd")
 NAMES = {"fwd": "forward", "fwd_split": "split forward", "bwd": "backward", "tile": "factored, tiles",
-         "lanes": "factored, lanes"}  # fmt: skip
+         "lanes": "factored, lanes", "frontier": "factored, frontier"}  # fmt: skip
 RECORDED_GPU = "NVIDIA H100 80GB HBM3"
 
 # The guide's shapes, and other token counts at one of them. The forward kernel holds all N² sums, so it ends at 128.
@@ -55,10 +56,12 @@ PROBLEMS = [
     *(Problem("fwd", tokens, 64, 16) for tokens in (128, 4096)),
     *(Problem(kernel, tokens, 128, 16) for kernel in ("fwd_split", "bwd") for tokens in (128, 4096)),
     *(Problem(kernel, tokens, 256, 16) for kernel in ("tile", "lanes") for tokens in (128, 4096, 65536)),
+    *(Problem("frontier", tokens, 256, 64) for tokens in (128, 4096, 65536)),
 ]
 COMPILED_PROBLEMS = [
     Problem("fwd", 1024, 64, 16),
-    *(Problem(kernel, 1024, 256, 16) for kernel in NAMES if kernel != "fwd"),
+    *(Problem(kernel, 1024, 256, 16) for kernel in ("fwd_split", "bwd", "tile", "lanes")),
+    Problem("frontier", 1024, 256, 64),
 ]
 
 TARGETS = {f"cuda:sm{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)}
@@ -74,7 +77,7 @@ LIMITS = {
     "hip:gfx942": (32, 32, 64),
 }
 
-FAST_DOUBLES = ("cuda:sm80", "cuda:sm90", "cuda:sm100")  # where the lanes kernel compares keys as doubles
+FAST_DOUBLES = ("cuda:sm80", "cuda:sm90", "cuda:sm100")  # where the last two kernels compare keys as doubles
 
 COMPILE_LIMIT = 30  # seconds one configuration may take to compile
 HOPELESS = 20  # times slower than the best so far: one sample is enough
@@ -119,16 +122,19 @@ def launch(problem, config, device, arch):
         function, args = factored.factored_kernel, (*logits, n)
         constants |= {"K": k, "TILE_N": tile_n, "TILE_K": k, "INDEX_BITS": INDEX_BITS[x.dtype], "STREAMED": n > tile_n,
                       "NUM_CANDIDATES": candidates, "SIDE": math.isqrt(k)}  # fmt: skip
-    else:
+    elif kernel == "lanes":
         function, args = lanes.lanes_kernel, logits
-        fixed = lanes._constants(n, k, x.dtype, constants["LANES"], 16, arch in FAST_DOUBLES)
-        constants = {**fixed, **constants, "TILE_M": 32}
-    return function, args, constants, (-(-tokens // tokens_of(config.kwargs)),)
+        rule = lanes._constants(n, k, x.dtype, 16, arch in FAST_DOUBLES, constants["LANES"])
+        constants = {**rule, **constants, "TILE_M": 32 * config.num_warps}
+    else:
+        function, args = frontier.frontier_kernel, logits
+        constants = {**frontier._constants(n, k, x.dtype, 16, arch in FAST_DOUBLES), **constants}
+    return function, args, constants, (-(-tokens // tokens_of(config.kwargs, config.num_warps)),)
 
 
-def tokens_of(sizes):
-    """The tokens of one program, by its tile sizes."""
-    return sizes["TILE_M"] if "TILE_M" in sizes else 32 // sizes["LANES"]
+def tokens_of(sizes, num_warps):
+    """The tokens of one program, by its tile sizes and warps."""
+    return sizes.get("TILE_M") or sizes.get("TOKENS") or 32 * num_warps // sizes["LANES"]
 
 
 def prepare(problem, config, arch):
@@ -227,7 +233,8 @@ def compile_one(problem, config, target):
 
 
 def resources(binary):
-    """Registers a thread, bytes spilled a thread, shared bytes a program, instructions, and a hash of those."""
+    """Registers a thread, its bytes in local memory (spilled, except for the frontier kernel's lists), shared bytes a
+    program, instructions, and a hash of those."""
     if "cubin" in binary.asm:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(binary.asm["cubin"])
@@ -242,10 +249,12 @@ def resources(binary):
                   for name in ("vgpr_count", "private_segment_fixed_size")}  # fmt: skip
         registers, spills = counts.values()
         code = re.findall(r"^\t(?![.;])(.*?)(?:;.*)?$", text, flags=re.MULTILINE)
+    # Besides what Triton allocates there is what a kernel's own PTX declares.
+    declared = re.findall(r"\.shared [^;]*\[(\d+)\]", binary.asm.get("ptx", ""))
     return {
         "registers": registers,
         "spills": spills,
-        "shared": binary.metadata.shared,
+        "shared": binary.metadata.shared + sum(map(int, declared)),
         "instructions": len(code),
         "binary": hashlib.sha256("\n".join(code).encode()).hexdigest()[:12],
     }
@@ -402,7 +411,7 @@ def measure(run, best):
     quantiles = (0.5, 0.2, 0.8)
     if once * 1000 > HOPELESS * best:
         return [once * 1000] * 3
-    return [1000 * ms for ms in triton.testing.do_bench(run, warmup=1, rep=8, quantiles=quantiles)]
+    return [1000 * ms for ms in timing.do_bench(run, warmup=1, rep=12, quantiles=quantiles)]
 
 
 def this_gpu():
@@ -576,12 +585,13 @@ def prediction(row):
     if math.isnan(row.instructions) or not row.occupancy:
         return math.nan
     sizes = tile_sizes(row.tile)
+    tokens = tokens_of(sizes, row.num_warps)
     steps = {
-        "fwd": tokens_of(sizes),
-        "fwd_split": tokens_of(sizes) * -(-(row.num_expert_sqrt**2) // sizes.get("TILE_N", 1)),
+        "fwd": tokens,
+        "fwd_split": tokens * -(-(row.num_expert_sqrt**2) // sizes.get("TILE_N", 1)),
         "bwd": -(-row.k // sizes.get("TILE_K", 1)),
     }.get(row.kernel, 1)
-    programs = math.ceil(row.tokens / tokens_of(sizes))
+    programs = math.ceil(row.tokens / tokens)
     resident = min(row.occupancy, math.ceil(programs / row.multiprocessors))
     waves = math.ceil(programs / (row.multiprocessors * row.occupancy))
     latency = 6  # cycles from an instruction to one that needs it, where no other warp fills them
@@ -642,7 +652,7 @@ def choices(rows):
         for name, times in (("best", times_of(rows, problem)), ("architecture", lists.get("architecture", {}))):
             if times and math.isfinite(min(times.values())):
                 config = min(times, key=times.get)
-                programs = math.ceil(problem.tokens / tokens_of(tile_sizes(config[0])))
+                programs = math.ceil(problem.tokens / tokens_of(tile_sizes(config[0]), config[1]))
                 row |= {name: short(config), f"{name} programs": programs, f"{name} µs": times[config]}
         found.append(row)
     frame = pd.DataFrame(found).set_index("problem")

@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import tables
+import timing
 import torch
 import triton
 import triton.testing
@@ -33,6 +34,7 @@ from omni_kernels import (
     brute_force_router,
     factored,
     factored_router,
+    frontier,
     lanes,
     omni_router,
     triton_omni_router_func,
@@ -94,17 +96,6 @@ def _compiled_product_keys():
     return torch.compile(product_keys, dynamic=False)
 
 
-class Changed:
-    """A kernel whose every launch has some constants changed."""
-
-    def __init__(self, kernel, constants):
-        self.kernel, self.constants, self.launched = kernel, constants, False
-
-    def __getitem__(self, grid):
-        self.launched = True
-        return lambda *args, **constants: self.kernel[grid](*args, **constants | self.constants)
-
-
 @contextlib.contextmanager
 def _replaced(module, **values):
     before = {name: getattr(module, name) for name in values}
@@ -115,38 +106,55 @@ def _replaced(module, **values):
         vars(module).update(before)
 
 
+class Changed:
+    """A kernel whose every launch has some constants changed."""
+
+    def __init__(self, kernel, constants):
+        self.kernel, self.constants, self.launched = kernel, constants, False
+
+    def __getitem__(self, grid):
+        def launch(*args, **constants):
+            self.launched = True
+            changed = constants | self.constants
+            num_programs = -(-grid[0] * constants["TILE_M"] // changed["TILE_M"])
+            self.kernel[(num_programs,)](*args, **changed)
+
+        return launch
+
+
 def tile_rung(**constants):
     """The kernel that gives a token to a warp (factored.py), with some of its ideas turned off."""
-    kernel = Changed(factored.factored_kernel, constants)
 
     def route(x, y, k):
-        with _replaced(lanes, runs_on=lambda *_: False), _replaced(factored, factored_kernel=kernel):
-            return _launched(kernel, factored.factored_forward(x, y, k))
+        kernel = Changed(factored.factored_kernel, constants)
+        nowhere = {"runs_on": lambda *_: False}
+        with _replaced(lanes, **nowhere), _replaced(frontier, **nowhere), _replaced(factored, factored_kernel=kernel):
+            result = factored.factored_forward(x, y, k)
+        if not kernel.launched:
+            raise RuntimeError("the launcher chose another kernel than the rung's")
+        return result
 
     return route
 
 
 def lanes_rung(**constants):
-    """The kernel that gives a row to a lane (lanes.py), with some of its ideas turned off."""
-    kernel = Changed(lanes.lanes_kernel, constants)
+    """The kernel that gives a row to a lane (lanes.py), with some of its ideas turned off. Two lanes a token."""
 
     def route(x, y, k):
-        with _replaced(lanes, lanes_kernel=kernel):
-            return _launched(kernel, lanes.lanes_forward(x, y, k))
+        kernel = Changed(lanes.lanes_kernel, constants)
+        with _replaced(lanes, lanes_kernel=kernel, lanes_per_token=lambda *_: 2):
+            return lanes.lanes_forward(x, y, k, x.dtype)
 
     return route
 
 
-def _launched(kernel, result):
-    if not kernel.launched:
-        raise RuntimeError("the launcher chose another kernel than the rung's")
-    return result
-
-
 ALL_SUMS, FACTORED, COMPILED = "PyTorch, all N² sums", "PyTorch, factored", "PyTorch, factored, compiled"
 QUACK, ORIGINAL, OPTIMIZED, OMNI = "QuACK top-k, compiled", "original kernels", "optimized kernels", "omni_router"
+FRONTIER = "frontier kernel"
 
-# In the order of the ladder. A rung says what is new in it.
+ONE_WARP = {"TILE_M": 32, "num_warps": 1}  # two lanes a token make it 16 tokens
+
+# In the order of the ladder; the last is none of its rungs. A rung says what is new in it.
 RIVALS = {
     ALL_SUMS: Rival(pytorch_all_sums, "all N² sums", "Writes every sum to memory, then reads them to select."),
     ORIGINAL: Rival(
@@ -193,29 +201,42 @@ RIVALS = {
         "The k best lie in the k chunks with the largest maxima: those are sorted, then what is in them.",
     ),
     "a row a lane": Rival(
-        lanes_rung(TILE_N=0, CHUNK=1, VECTOR=0, STAGED=False, FP64=False),
+        lanes_rung(TILE_N=0, CHUNK=1, VECTOR=0, STAGED=False, HALVED=False, FP64=False, **ONE_WARP),
         "factored kernels",
         "Sorting networks in a lane's own registers; a token's two lanes meet only for the pairs.",
     ),
     "vector loads": Rival(
-        lanes_rung(CHUNK=1, STAGED=False, FP64=False), "factored kernels", "A lane reads 16 bytes of its row at a time."
+        lanes_rung(CHUNK=1, STAGED=False, HALVED=False, FP64=False, **ONE_WARP),
+        "factored kernels",
+        "A lane reads 16 bytes of its row at a time.",
     ),
     "staged rows": Rival(
-        lanes_rung(CHUNK=1, FP64=False),
+        lanes_rung(CHUNK=1, HALVED=False, FP64=False, **ONE_WARP),
         "factored kernels",
         "A warp copies its rows together into shared memory, in whole cache lines.",
     ),
     "chunk maxima in a lane": Rival(
-        lanes_rung(FP64=False), "factored kernels", "The maxima first, here too; two logits of 16 bits at once."
+        lanes_rung(HALVED=False, FP64=False, **ONE_WARP),
+        "factored kernels",
+        "The maxima first, here too; two logits of 16 bits at once.",
     ),
     "keys as doubles": Rival(
-        lanes_rung(),
+        lanes_rung(**ONE_WARP),
         "factored kernels",
         "Keys of 64 bits that order as doubles are compared by a unit that is otherwise idle.",
     ),
+    "two warps a program": Rival(
+        lanes_rung(), "factored kernels", "They run close together and share the code they fetch."
+    ),
     OMNI: Rival(omni_router, "omni_router", "What people call: the kernel it chooses, its checks, and autograd."),
+    FRONTIER: Rival(
+        lambda x, y, k: frontier.frontier_forward(x, y, k, x.dtype),
+        "factored kernels",
+        "For many experts a token: lists in shared memory, and the pairs taken one by one.",
+    ),
 }
-RUNGS = [name for name, rival in RIVALS.items() if rival.family == "factored kernels"]
+LADDER = [name for name in RIVALS if name != FRONTIER]
+RUNGS = [name for name in LADDER if RIVALS[name].family == "factored kernels"]
 
 # --- what is measured ---
 
@@ -242,7 +263,7 @@ def _against(size, powers, some):
 
 # The timed tables: cases, each with its rivals.
 TIMED = {
-    "ladder": [(MAIN, list(RIVALS))],
+    "ladder": [(MAIN, LADDER)],
     "targets": [(case, [FACTORED, *some, OMNI]) for case, some in TARGETS.items()],
     "against_tokens": _against("num_tokens", range(21), {
         ALL_SUMS: (1, 16, 1024, 65536), ORIGINAL: (1, 16, 1024, 65536), OPTIMIZED: (1, 16, 1024, 65536),
@@ -251,7 +272,9 @@ TIMED = {
     "against_size": _against("num_expert_sqrt", range(4, 13), {
         ORIGINAL: (64, 256), OPTIMIZED: (64, 256), QUACK: (64, 256, 1024),
     }),
-    "against_k": _against("k", range(9), {ORIGINAL: (16,), OPTIMIZED: (16,), QUACK: (8, 16, 32)}),
+    "against_k": _against("k", range(9), {
+        ORIGINAL: (16,), OPTIMIZED: (16,), QUACK: (8, 16, 32), FRONTIER: (4, 8, 16, 32),
+    }),
     "guide": [(Case(1024, size, k, "bf16"), [ORIGINAL, OPTIMIZED, OMNI]) for size in (64, 128, 256) for k in (16, 32)],
 }  # fmt: skip
 MEMORY = [(Case(1024, 1 << power, 16, "bf16"), [ALL_SUMS, FACTORED, OMNI]) for power in range(4, 13)]
@@ -298,19 +321,24 @@ def examined(rival, num_expert_sqrt, k):
 def measure(again="OMNI_AGAIN" in os.environ):
     """Measure the tables this GPU has no rows of, with these versions and this source; all of them with `again`.
 
+    A table that cannot be measured is told of, and does not keep the others from it.
+
     Returns:
         {table: what was done about it}.
     """
     if not torch.cuda.is_available():
         return dict.fromkeys(TABLES, "not measured: no GPU here")
     work = {table: cases for table, cases in TABLES.items() if again or tables.measured_here(table).empty}
-    _compile_ahead([pair for table in work if table != "first_calls" for pair in work[table]])
+    start = time.perf_counter()
+    ahead = attempt(_compile_ahead, [pair for table in work if table != "first_calls" for pair in work[table]])
     done = dict.fromkeys(TABLES, "measured before")
+    if work:
+        done = {"compiled ahead": ahead["error"] if ahead else f"in {time.perf_counter() - start:.0f} s"} | done
     for table in work:
         start = time.perf_counter()
         rows = {"memory": memory_rows, "first_calls": first_call_rows}.get(table, timed_rows)
-        tables.append(table, rows(work[table]))
-        done[table] = f"measured now, in {time.perf_counter() - start:.0f} s"
+        failed = attempt(lambda rows=rows, table=table: tables.append(table, rows(work[table])))
+        done[table] = failed["error"] if failed else f"measured now, in {time.perf_counter() - start:.0f} s"
     return done
 
 
@@ -350,9 +378,9 @@ def attempt(function, *args):
 def time_us(call, method):
     """The quantiles of a call's time in microseconds."""
     if method == "graph":
-        times = triton.testing.do_bench_cudagraph(call, rep=5, quantiles=list(QUANTILES.values()))
+        times = triton.testing.do_bench_cudagraph(call, rep=10, quantiles=list(QUANTILES.values()))
     else:
-        times = triton.testing.do_bench(call, warmup=5, rep=30, quantiles=list(QUANTILES.values()))
+        times = timing.do_bench(call, warmup=5, rep=20, quantiles=list(QUANTILES.values()))
     return [1e3 * ms for ms in times]
 
 
@@ -420,7 +448,7 @@ def peak_bytes(route, x, y, k):
 def first_call_rows(work):
     """The rows of the first-call table: fresh processes, all cases at a time, once with an empty cache on disk and once
     with what that left there."""
-    rows, unknown = [], dict.fromkeys(["first_s", "other_count_s", "other_count_compiled", "error"])
+    rows, unknown = [], dict.fromkeys(["first_s", "other_tokens", "other_s", "other_compiled", "error"])
     with tempfile.TemporaryDirectory() as folder:
         for cache in ("cold", "warm"):
             processes = [
@@ -443,7 +471,8 @@ def _start_first_call(name, case, cache):
 
 
 def first_call(name, case):
-    """Print how long this process's first call takes, and a call with another token count, which no kernel has seen."""
+    """Print how long this process's first call takes, and a call with another token count: few after many, many after
+    few, which the router gives to different kernels."""
 
     def seconds(x, y):
         start = time.perf_counter()
@@ -452,14 +481,15 @@ def first_call(name, case):
         return time.perf_counter() - start
 
     def num_compiled():
-        return len(os.listdir(triton.knobs.cache.dir)) if os.path.isdir(triton.knobs.cache.dir) else 0
+        return len(list(pathlib.Path(triton.knobs.cache.dir).glob("*/*.ttir")))
 
-    many, fewer = logits(case), logits(case._replace(num_tokens=case.num_tokens // 2 + 1))
+    other_tokens = 16 if case.num_tokens > 1024 else 65536
+    some, others = logits(case), logits(case._replace(num_tokens=other_tokens))
     torch.cuda.synchronize()
-    first = seconds(*many)
+    first = seconds(*some)
     compiled = num_compiled()
-    other = seconds(*fewer)
-    print(json.dumps({"first_s": first, "other_count_s": other, "other_count_compiled": num_compiled() - compiled}))
+    found = {"first_s": first, "other_tokens": other_tokens, "other_s": seconds(*others)}
+    print(json.dumps(found | {"other_compiled": num_compiled() - compiled}))
 
 
 def _compile_ahead(work):
@@ -470,7 +500,7 @@ def _compile_ahead(work):
     pairs = list(dict.fromkeys((name, case) for case, names in work for name in names))
     jobs = collections.defaultdict(list)
     for name, case in pairs:
-        for part in range(PARTS if name in (ORIGINAL, OPTIMIZED) else name in (OMNI, *RUNGS)):
+        for part in range(PARTS if name in (ORIGINAL, OPTIMIZED) else name in (OMNI, FRONTIER, *RUNGS)):
             jobs[name, case[1:], part].append(case)  # one job: few of its token counts need a kernel of their own
     if not jobs:
         return
@@ -503,6 +533,7 @@ def _compile_job(name, cases, part):
 
 CASE = list(Case._fields)
 NO_RESULTS = "No measurement is recorded yet."
+NOISE = 1.02  # times that differ by less are the same
 
 
 def latest(table):
@@ -544,7 +575,7 @@ def markdown(header, lines):
 def share(floor, us):
     """The share of the floor's speed."""
     percent = 100 * floor / us
-    return "–" if us != us else f"{percent:.0f}%" if percent >= 10 else f"{percent:.2g}%"
+    return "–" if us != us else f"{percent:.0f}%" if percent >= 10 else f"{percent:.2g}%" if percent >= 0.1 else "0.0%"
 
 
 def microseconds(us):
@@ -577,7 +608,8 @@ def targets_table(rows):
         ours, floor = times[OMNI], group.floor_us.iloc[0]
         others = times.drop(OMNI).dropna()
         best = f"{others.idxmin()}, {others.min() / ours:.3g}×" if len(others) and ours == ours else "–"
-        check = group.set_index("rival").check[OMNI]
+        row = group.set_index("rival").loc[OMNI]
+        check = row.check if ours == ours else row.error
         lines.append((*case, microseconds(floor), microseconds(ours), share(floor, ours), check, best))
     header = ["tokens", "N", "k", "dtype", "floor, µs", "`omni_router`, µs", "of the floor's speed", "result"]
     return markdown([*header, "best rival, and how many times its time is"], lines)
@@ -588,7 +620,7 @@ def guide_table(rows):
     lines = []
     for (size, k), group in rows.groupby(["num_expert_sqrt", "k"], sort=False):
         times = group.set_index("rival").us
-        gains = [f"{100 * (times[ORIGINAL] / times[name] - 1):+,.0f}%" for name in (OPTIMIZED, OMNI)]
+        gains = [_number(times[ORIGINAL] / times[name] - 1, "+,.0%") for name in (OPTIMIZED, OMNI)]
         low, high = GUIDE_EXPECTS[size]
         lines.append((f"{size}×{size}", k, *(microseconds(times[n]) for n in (ORIGINAL, OPTIMIZED, OMNI)), *gains,
                       f"+{low}–{high}%"))  # fmt: skip
@@ -596,15 +628,23 @@ def guide_table(rows):
                      "the guide expects of optimized"], lines)  # fmt: skip
 
 
+def _number(value, spec):
+    return "–" if value != value else format(value, spec)
+
+
 def first_calls_table(rows):
+    """First calls of one GPU with an empty and with a warm cache on disk, and what another token count costs after the
+    first of them, when nothing but that call's kernels is there."""
     lines = []
     for (name, *case), group in rows.groupby(["rival", *CASE], sort=False):
         by_cache = group.set_index("cache")
-        seconds = [f"{by_cache.first_s[cache]:.2f}" for cache in ("cold", "warm")]
-        other = by_cache.loc["warm"]
-        lines.append((name, *case, *seconds, f"{1e3 * other.other_count_s:.2f}", f"{other.other_count_compiled:.0f}"))
-    return markdown(["rival", "tokens", "N", "k", "dtype", "empty cache, s", "warm cache, s",
-                     "then another token count, ms", "kernels it compiled"], lines)  # fmt: skip
+        seconds = [_number(by_cache.first_s[cache], ".2f") for cache in ("cold", "warm")]
+        other = by_cache.loc["cold"]
+        counts = (_number(other.other_tokens, ".0f"), _number(1e3 * other.other_s, ".2f"),
+                  _number(other.other_compiled, ".0f"))  # fmt: skip
+        lines.append((name, *case, *seconds, *counts))
+    return markdown(["rival", "tokens", "N", "k", "dtype", "empty cache, s", "warm cache, s", "then with tokens",
+                     "it took, ms", "kernels it compiled"], lines)  # fmt: skip
 
 
 def describe(rows):
@@ -627,19 +667,19 @@ def distance():
 
 
 def losses():
-    """Everything that was measured and is not the best there is, in words."""
+    """Everything that was measured and is not the best there is, by more than NOISE, in words."""
     found = []
     for table in TIMED:
         for (gpu, *case), group in _groups(latest(table), ["gpu", *CASE]):
             times = group.set_index("rival").us.dropna()
-            best = times.idxmin() if OMNI in times else OMNI
-            if best != OMNI:
+            best = times.idxmin() if OMNI in times else None
+            if best and times[OMNI] > NOISE * times[best]:
                 slower = f"{times[OMNI] / times[best]:.3g} times the time of “{best}”"
                 found.append(f"{gpu}, {' '.join(map(str, case))}: omni_router takes {slower}")
     for gpu, rows in _groups(latest("ladder"), "gpu"):
         climbed = rows.dropna(subset="us")
         for before, rung in itertools.pairwise(climbed.itertuples()):
-            if rung.us > before.us:
+            if rung.us > NOISE * before.us:
                 found.append(f"{gpu}: “{rung.rival}” is slower than “{before.rival}”, the rung before it")
     for (gpu, size, k), group in _groups(latest("guide"), ["gpu", "num_expert_sqrt", "k"]):
         times = group.set_index("rival").us
@@ -692,7 +732,7 @@ def draw_ladder(rows):
 
 STYLES = {
     ALL_SUMS: (RED, "v", ":"), ORIGINAL: (RED, "o", "-"), OPTIMIZED: (RED, "s", "--"), FACTORED: (ORANGE, "o", "-"),
-    COMPILED: (ORANGE, "s", "--"), QUACK: (ORANGE, "^", ":"), OMNI: (GREEN, "o", "-"),
+    COMPILED: (ORANGE, "s", "--"), QUACK: (ORANGE, "^", ":"), FRONTIER: (BLUE, "D", "-"), OMNI: (GREEN, "o", "-"),
 }  # fmt: skip
 
 

@@ -66,17 +66,22 @@ def main():
     if options.again:
         os.environ["OMNI_AGAIN"] = "1"
     OUTPUT.mkdir(exist_ok=True)
+    failed = 0
     for path in paths:
         try:
             execute(path, copies / path.name)
-        except nbclient.exceptions.CellExecutionError as error:
-            sys.exit(f"{error}\n{path.name} failed in the cell above; what ran is in {OUTPUT / path.name}")
+        except (nbclient.exceptions.CellExecutionError, nbclient.exceptions.DeadKernelError) as error:
+            failed += 1  # and the others run
+            print(
+                f"{error}\n{path.name} failed in the cell above; what ran is in {OUTPUT / path.name}", file=sys.stderr
+            )
         except KeyboardInterrupt:
             logging.disable()  # nothing more about the cell that was cut short
             sys.exit(f"\nStopped in {path.name}; what ran is in {OUTPUT / path.name}")
     if options.update:
         fill_readme()
     print(f"The executed notebooks are in {copies}, their figures in {figures}")
+    sys.exit(failed)
 
 
 def fill_readme():

@@ -52,9 +52,12 @@ RECORD_EVERY = 5  # training steps
 # --- tables ---
 
 
-def missing(table):
-    """Whether this machine has a GPU and has yet to measure a table on it."""
-    return torch.cuda.is_available() and ("OMNI_AGAIN" in os.environ or tables.measured_here(table).empty)
+def measure_missing(table, measure):
+    """Measure a table where there is a GPU that has yet to be. What fails is told, and does not end the run."""
+    if torch.cuda.is_available() and ("OMNI_AGAIN" in os.environ or tables.measured_here(table).empty):
+        failed = attempt(measure)
+        if failed:
+            print(f"{table}: not measured: {failed['error']}")
 
 
 def recorded(table, *keys):

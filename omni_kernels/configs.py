@@ -17,6 +17,7 @@ TILES = {
     "bwd": ("TILE_M", "TILE_K"),
     "tile": ("TILE_M", "CHUNK"),
     "lanes": ("LANES", "CHUNK"),
+    "frontier": ("TOKENS", "PIECE"),
 }
 
 # Of the N² kernels: the original version's lists, the guide's general ones, and the guide's for two architectures.
@@ -49,7 +50,8 @@ ARCH_SPACES = {
 # Of the factored kernels, which follow fixed rules instead of tuning: these say what the rules choose from.
 FACTORED_SPACE = {
     "tile": ([1, 2, 4, 8], [1, 2, 4, 8], [1, 2, 4], [1]),
-    "lanes": ([2, 4, 8, 16, 32], [1, 2, 4], [1], [1]),
+    "lanes": ([2, 4, 8, 16, 32], [1, 2, 4], [1, 2], [1]),
+    "frontier": ([4, 8, 16], [16, 32, 64], [1], [1]),
 }
 
 SPACES = {"original": ORIGINAL_SPACE, "general": GENERAL_SPACE, "factored": FACTORED_SPACE, **ARCH_SPACES}
@@ -131,7 +133,7 @@ def get_configs(space, kernel_type):
     Args:
         space: "original" (the lists the original version is tuned over), "general", an architecture with lists of its
             own ("cuda:sm80", "cuda:sm86", "cuda:sm89", "cuda:sm90"), or "factored".
-        kernel_type: "fwd", "fwd_split" or "bwd"; in the factored space "tile" or "lanes".
+        kernel_type: "fwd", "fwd_split" or "bwd"; in the factored space "tile", "lanes" or "frontier".
 
     Returns:
         A list of triton.Config.

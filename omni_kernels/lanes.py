@@ -176,24 +176,34 @@ def _keys(values, index, INDEX_BITS: tl.constexpr, NVIDIA: tl.constexpr, FP64: t
 def _candidates_of_tile(row, skip, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
                         CHUNK: tl.constexpr, VECTOR: tl.constexpr, INDEX_BITS: tl.constexpr, RAGGED: tl.constexpr,
                         FP64: tl.constexpr):  # fmt: skip
-    """Keys (value, column) of a tile among which its K best are: all of it, or its K best chunks."""
+    """Keys (value, column) of a tile among which its K best are: all of it, or its K best chunks.
+
+    Also, where keys hold only the upper bits of values, whether these leave in doubt which chunks are the best.
+    """
     BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
-    keys = ()
+    keys, doubt = (), tl.zeros_like(skip)
     if CHUNK == 1:
         for start in tl.static_range(0, TILE_N * BYTES, VECTOR):
             keys = keys + keys_of_bytes(row, start, start // BYTES, DTYPE, VECTOR, INDEX_BITS, FP64)
         if RAGGED:
             keys = skip_first(keys, skip, FP64)
     else:
-        maxima = _keys_of_maxima(row, DTYPE, TILE_N, CHUNK, VECTOR, INDEX_BITS, FP64)
-        LAST: tl.constexpr = (len(maxima) - 1) // GROUP * GROUP
-        chunks = sort(maxima[LAST:], True, FP64)[:K]
-        if LAST > 0:  # their order does not matter
-            chunks = best_of(_best_of_groups(maxima[:LAST], K, GROUP, True, FP64), chunks, True, FP64)
+        HALVED: tl.constexpr = DTYPE == tl.float32 and INDEX_BITS < 32
+        CHUNK_BITS: tl.constexpr = _bit_length(TILE_N // CHUNK - 1) if HALVED else INDEX_BITS
+        maxima = _keys_of_maxima(row, DTYPE, TILE_N, CHUNK, VECTOR, CHUNK_BITS, FP64)
+        if HALVED:
+            chunks = _best_of_groups(maxima, K + 1, GROUP, True, FP64)
+            doubt = ((chunks[K - 1] ^ chunks[K]) >> CHUNK_BITS == 0).to(tl.int32)
+            chunks = chunks[:K]
+        else:  # their order does not matter
+            LAST: tl.constexpr = (len(maxima) - 1) // GROUP * GROUP
+            chunks = sort(maxima[LAST:], True, FP64)[:K]
+            if LAST > 0:
+                chunks = best_of(_best_of_groups(maxima[:LAST], K, GROUP, True, FP64), chunks, True, FP64)
         for i in tl.static_range(len(chunks)):
-            start = unpack(chunks[i], INDEX_BITS, FP64)[1] * CHUNK
+            start = unpack(chunks[i], CHUNK_BITS, FP64)[1] * CHUNK
             keys = keys + keys_of_bytes(row + start * BYTES, 0, start, DTYPE, CHUNK * BYTES, INDEX_BITS, FP64)
-    return keys
+    return keys, doubt
 
 
 @triton.constexpr_function
@@ -207,81 +217,54 @@ def _gcd(a, b):
 
 
 @triton.jit
-def _top_of_tile(row, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
-                 CHUNK: tl.constexpr, VECTOR: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
-    """The 64-bit keys of the K best of a tile of fp32 logits, descending, mostly by sorting 32-bit keys.
+def _exact_keys(best, row, doubt, DTYPE: tl.constexpr, NUM_COLUMNS: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+                VECTOR: tl.constexpr, INDEX_BITS: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
+    """The 64-bit keys of the K best of a row of fp32 logits, descending, from 32-bit keys of the K + 2 best or all.
 
-    Those hold the upper bits of a value, then its column. Where the K-th and the next differ in the upper bits, the
-    lower ones cannot change which K are best, and only these are sorted again, by all bits. Else, if the tile's logits
-    have lower bits at all, all columns are sorted by all bits.
+    Those hold only the upper bits of a value. The K + 1 best of them are sorted again by all bits: the K best are among
+    these, unless one more has the same upper bits as the K-th. Then, and where the choice of chunks is in doubt, all
+    columns are sorted by all bits, if any logit of the row has lower bits at all.
     """
-    BITS: tl.constexpr = _bit_length(TILE_N - 1)
-    keys = ()
-    if CHUNK == 1:
-        doubt = row < 0
-        for start in tl.static_range(0, TILE_N * 4, VECTOR):
-            keys = keys + keys_of_bytes(row, start, start // 4, DTYPE, VECTOR, BITS, FP64)
-    else:
-        CHUNK_BITS: tl.constexpr = _bit_length(TILE_N // CHUNK - 1)
-        maxima = _keys_of_maxima(row, DTYPE, TILE_N, CHUNK, VECTOR, CHUNK_BITS, FP64)
-        chunks = _best_of_groups(maxima, K + 1, GROUP, True, FP64)
-        doubt = (chunks[K - 1] ^ chunks[K]) < 1 << CHUNK_BITS
-        for i in tl.static_range(K):
-            start = unpack(chunks[i], CHUNK_BITS)[1] * CHUNK
-            keys = keys + keys_of_bytes(row + start * 4, 0, start, DTYPE, CHUNK * 4, BITS, FP64)
-    best = _best_of_groups(keys, K + 1, GROUP, True, FP64)
-    if len(best) > K:
-        doubt = doubt | ((best[K - 1] ^ best[K]) < 1 << BITS)
+    if len(best) == K + 2:
+        same = ((best[K - 1] ^ best[K]) | (best[K] ^ best[K + 1])) >> INDEX_BITS == 0
+        doubt = doubt | same.to(tl.int32)
     exact = ()
-    for rank in tl.static_range(K):
-        column = unpack(best[rank], BITS)[1]
-        exact = exact + _keys((_value_at(row + column * 4),), column, 32, True, FP64)
-    turned = doubt & False
-    for rank in tl.static_range(1, K):
+    for rank in tl.static_range(min(K + 1, len(best))):
+        column = unpack(best[rank], INDEX_BITS)[1]
+        value = load_words(row + column.to(tl.int64) * 4, 0, 1)[0].to(tl.float32, bitcast=True)
+        exact = exact + _keys((value,), column, 32, True, FP64)
+    turned = doubt != doubt
+    for rank in tl.static_range(1, len(exact)):
         turned = turned | is_less(exact[rank - 1], exact[rank], FP64)
     for _ in tl.range(tl.max(turned.to(tl.int32), 0) * (K // 2 + 1)):
         exact = _settle(exact, True, FP64)
+    exact = exact[:K]
 
-    lower = doubt & False
-    for _ in tl.range(tl.max(doubt.to(tl.int32), 0)):
-        lower = doubt & (_any_of_tile(row, TILE_N, VECTOR) & ((1 << BITS) - 1) != 0)
-    for _ in tl.range(tl.max(lower.to(tl.int32), 0)):
-        exact = _sorted_top(row, DTYPE, TILE_N, K, _gcd(TILE_N, GROUP), VECTOR, FP64)
+    lower = tl.zeros_like(doubt)
+    for start in tl.range(0, tl.max(doubt, 0) * NUM_COLUMNS * 4, VECTOR):
+        words = load_words(row + start, 0, VECTOR // 4)
+        for i in tl.static_range(len(words)):
+            lower = lower | words[i]
+    doubt = ((doubt != 0) & (lower & ((1 << INDEX_BITS) - 1) != 0)).to(tl.int32)
+    for _ in tl.range(tl.max(doubt, 0)):
+        exact = _sorted_top(row, DTYPE, NUM_COLUMNS, K, _gcd(NUM_COLUMNS, GROUP), VECTOR, FP64)
     return exact
 
 
 @triton.jit
-def _sorted_top(row, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+def _sorted_top(row, DTYPE: tl.constexpr, NUM_COLUMNS: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
                 VECTOR: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
-    """The 64-bit keys of the K best of a tile of fp32 logits, in little code."""
+    """The 64-bit keys of the K best of a row of fp32 logits, in little code."""
     best = ()
     for rank in tl.static_range(K):
-        best = best + (lowest(tl.zeros_like(row).to(tl.int64), FP64),)
-    for group in tl.range(TILE_N // GROUP):
+        best = best + (lowest(row, FP64),)
+    for group in tl.range(NUM_COLUMNS // GROUP):
         start = hide(tl.zeros_like(row).to(tl.int32) + group * GROUP)
         keys = ()
         for offset in tl.static_range(0, GROUP * 4, VECTOR):
             keys = keys + keys_of_bytes(row + start * 4, offset, start + offset // 4, DTYPE, VECTOR, 32, FP64)
         best = merge(best, sort(keys, True, FP64), K, True, FP64)[:K]
     return best
-
-
-@triton.jit
-def _any_of_tile(row, TILE_N: tl.constexpr, VECTOR: tl.constexpr):
-    """The bits that any of a tile's fp32 logits has."""
-    bits = tl.zeros_like(row).to(tl.int32)
-    for start in tl.range(0, TILE_N * 4, VECTOR):
-        # Hidden, or the compiler would keep the tile in registers since it was read before.
-        words = load_words(row + hide(tl.zeros_like(bits) + start), 0, VECTOR // 4)
-        for i in tl.static_range(len(words)):
-            bits = bits | words[i]
-    return bits
-
-
-@triton.jit
-def _value_at(address):
-    """The fp32 logit at an address of load_words."""
-    return load_words(address, 0, 1)[0].to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -456,7 +439,10 @@ def lanes_kernel(
     RAGGED: tl.constexpr = LANES // 2 * SEGMENT != NUM_EXPERT_SQRT
     first_column = tl.minimum(lane % LANES // 2 * SEGMENT, NUM_EXPERT_SQRT - SEGMENT)
     skip = lane % LANES // 2 * SEGMENT - first_column
-    OWN: tl.constexpr = min(RANKS, SEGMENT)
+    # Where 32-bit keys do for fp32 logits, nearly always, two more than K are listed to tell.
+    SORT_BITS: tl.constexpr = _bit_length(NUM_EXPERT_SQRT - 1) if HALVED else INDEX_BITS
+    LISTED: tl.constexpr = min(K + 2, NUM_EXPERT_SQRT) if HALVED else RANKS
+    OWN: tl.constexpr = min(LISTED, SEGMENT)
     TILES: tl.constexpr = SEGMENT // max(TILE_N, 1)
 
     tokens = tl.program_id(0).to(tl.int64) * (TILE_M // LANES) + lane // LANES
@@ -471,9 +457,9 @@ def lanes_kernel(
             PITCH: tl.constexpr = (TILE_N * BYTES // VECTOR + 1 - TILE_N * BYTES // VECTOR % 2) * VECTOR
             buffer = allocate_rows(lane, TILE_M * PITCH) + lane // 32 * (32 * PITCH)
             copy_rows(buffer, segment, (lane >= 0).to(tl.int32), TILE_N * BYTES, VECTOR, PITCH)
-        best = ()
+        best, doubt = (), tl.zeros_like(lane)
         for rank in tl.static_range(OWN):
-            best = best + (lowest(lane.to(tl.int64) if INDEX_BITS == 32 else lane, FP64),)
+            best = best + (lowest(lane.to(tl.int64) if SORT_BITS == 32 else lane, FP64),)
         for step in tl.range(TILES):
             # Hidden, or LLVM would count the columns in 64 bits, and sort keys of 64 bits to subtract them from.
             column = hide(lane * 0 + step * TILE_N)
@@ -481,17 +467,14 @@ def lanes_kernel(
             if STAGED:
                 wait_for_rows(lane)
                 row = buffer + lane % 32 * PITCH
-            if HALVED:
-                more = _top_of_tile(row, DTYPE, TILE_N, OWN, GROUP, CHUNK, VECTOR, FP64)
-            else:
-                keys = _candidates_of_tile(
-                    row, skip - column, DTYPE, TILE_N, OWN, GROUP, CHUNK, VECTOR, INDEX_BITS, RAGGED, FP64
-                )  # fmt: skip
+            keys, doubtful = _candidates_of_tile(
+                row, skip - column, DTYPE, TILE_N, min(RANKS, SEGMENT), GROUP, CHUNK, VECTOR, SORT_BITS, RAGGED, FP64
+            )  # fmt: skip
+            doubt = doubt | doubtful
             if STAGED:
                 wanted = (lane * 0 + step + 1 < TILES).to(tl.int32)
                 copy_rows(buffer, segment + (column + TILE_N) * BYTES, wanted, TILE_N * BYTES, VECTOR, PITCH)
-            if not HALVED:
-                more = _best_of_groups(keys, OWN, GROUP, NVIDIA, FP64)
+            more = _best_of_groups(keys, OWN, GROUP, NVIDIA, FP64)
             if TILES == 1:
                 best = more
             else:
@@ -500,26 +483,35 @@ def lanes_kernel(
             best = _shift(best, first_column, FP64)
     else:
         best = _top_of_strided_segment(
-            row_ptrs, stride_n, first_column, skip, SEGMENT, OWN, GROUP, INDEX_BITS, RAGGED, NVIDIA, FP64
+            row_ptrs, stride_n, first_column, skip, SEGMENT, OWN, GROUP, SORT_BITS, RAGGED, NVIDIA, FP64
         )  # fmt: skip
     for level in tl.static_range(1, 5):
         if LANES > 1 << level:
             best = merge_best(
-                best, partners(best, 1 << level, NVIDIA), min(RANKS, 2 * len(best)), NVIDIA, FP64
+                best, partners(best, 1 << level, NVIDIA), min(LISTED, 2 * len(best)), NVIDIA, FP64
             )  # fmt: skip
+    if HALVED:
+        for level in tl.static_range(1, 5):
+            if LANES > 1 << level:
+                doubt = doubt | partner(doubt, 1 << level, NVIDIA)
+        best = _exact_keys(
+            best, row_ptrs.to(tl.int64), doubt, DTYPE, NUM_EXPERT_SQRT, RANKS, GROUP, VECTOR, SORT_BITS, FP64
+        )  # fmt: skip
 
     # Each lane looks at one of the two ways they may meet; its NaN reaches the other lane with its values.
     first, last = unpack(best[0], INDEX_BITS, FP64)[0], unpack(best[RANKS - 1], INDEX_BITS, FP64)[0]
     widest = first + partner(last, 1, NVIDIA)
     poison = tl.where(widest == widest, 0.0, float("nan"))
-    # A pair's key holds the row above the rank of the column above the column, each so that the lower one wins.
+    # A pair's key holds the row above the rank of the column above the column, each so that the lower one wins. The even
+    # lane, of x, gives the row and the odd lane the rest: an index times a factor plus an offset, which is a multiply-add.
+    factor = tl.where(odd, 1, -(1 << (31 - ROW_BITS)))
+    offset = tl.where(odd, (RANKS - 1) << ROW_BITS, ((1 << ROW_BITS) - 1) << (31 - ROW_BITS))
+    rank_step = tl.where(odd, 1 << ROW_BITS, 0)
     values, ids = (), ()
-    ROW_MASK: tl.constexpr = (1 << ROW_BITS) - 1
     for rank in tl.static_range(RANKS):
         value, index = unpack(best[rank], INDEX_BITS, FP64)
         values = values + (value + poison,)
-        as_row, as_column = (ROW_MASK - index) << (31 - ROW_BITS), index | ((RANKS - 1 - rank) << ROW_BITS)
-        ids = ids + (tl.where(odd, as_column, as_row),)
+        ids = ids + (index * factor + (offset - rank * rank_step),)
     other_values, other_ids = partners(values, 1, NVIDIA), partners(ids, 1, NVIDIA)
     half = _half_staircase(
         values, ids, other_values, other_ids, odd, RANKS, K, SIDE, NVIDIA, FP64
@@ -540,12 +532,14 @@ def lanes_kernel(
         pairs = merge(half, other_half, len(half), NVIDIA, FP64)[:K]
         outputs = tokens * K
 
+    ROW_MASK: tl.constexpr = (1 << ROW_BITS) - 1
     scores, rounded, indices = (), (), ()
     for slot in tl.static_range(SLOTS):
         score, low = unpack_wide(pairs[slot], FP64)
         scores = scores + (score,)
         rounded = rounded + (score.to(scores_ptr.dtype.element_ty),)
-        indices = indices + ((ROW_MASK - (low >> (31 - ROW_BITS))) * NUM_EXPERT_SQRT + (low & ROW_MASK),)
+        row, column = ROW_MASK - (low >> (31 - ROW_BITS)), low & ROW_MASK
+        indices = indices + (row * NUM_EXPERT_SQRT + column,)
     store_row(scores_ptr + outputs, rounded, writes, NVIDIA)
     store_row(indices_ptr + outputs, indices, writes, NVIDIA)
 
@@ -627,7 +621,9 @@ def _constants(num_expert_sqrt, k, dtype, alignment, fp64, lanes):
             chunk = 1 if ragged else next(chunks, 1)
             reading = {"SEGMENT": segment, "TILE_N": tile_n, "CHUNK": chunk, "VECTOR": vector}
             staged, halved = segment * itemsize >= STAGED_BYTES, dtype == torch.float32 and not ragged
-    tile_m = 1024 if interpreting() else 64 if lanes == 2 else 32
+    # Two warps a program run closer together and share more of the code they fetch, which long code gains from.
+    long = staged and not halved and reading["TILE_N"] * itemsize == TILE_BYTES
+    tile_m = 1024 if interpreting() else 64 if long else 32
     return {
         "NUM_EXPERT_SQRT": num_expert_sqrt, "K": k, "SIDE": min(math.isqrt(k), num_expert_sqrt), "LANES": lanes,
         "GROUP": min(32, max(8, 1 << (min(k, num_expert_sqrt) - 1).bit_length())), "TILE_M": tile_m, **reading,

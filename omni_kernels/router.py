@@ -27,7 +27,7 @@ def omni_router(router_logits_x, router_logits_y, num_experts_per_token, scores_
     Args:
         router_logits_x: (num_tokens, N), fp32, fp16 or bf16, any strides, on a GPU or the CPU; N from 1 to 46340.
         router_logits_y: the same shape, dtype and device.
-        num_experts_per_token: k, from 0 to N². Up to factored.MAX_EXPERTS_PER_TOKEN a kernel routes, beyond it PyTorch.
+        num_experts_per_token: k, from 0 to N². Kernels route up to 256 on NVIDIA GPUs, up to 64 elsewhere; beyond, PyTorch.
         scores_dtype: of the scores, fp32, fp16 or bf16; the logits' unless given. fp32 keeps the sums of 16-bit logits
             as they are, and the gradients that come back for them too, until the sums of those are rounded once.
 
@@ -128,12 +128,8 @@ class _PlainRoute(torch.autograd.Function):
 def _route(x, y, k, scores_dtype):
     if not (len(x) and k):
         return _empty_result(x, y, k, scores_dtype)
-    has_kernel = has_kernels(x) and k <= factored.MAX_EXPERTS_PER_TOKEN
-    route = factored.factored_forward if has_kernel else reference.factored_router
-    if scores_dtype == x.dtype:
-        return route(x, y, k)
-    scores, indices = route(x.float(), y.float(), k)
-    return scores.to(scores_dtype), indices
+    route = factored.factored_forward if has_kernels(x) else reference.factored_router
+    return route(x, y, k, scores_dtype)
 
 
 def _empty_result(x, _, k, scores_dtype):

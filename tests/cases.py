@@ -99,6 +99,25 @@ def _kinds(n, finfo, generator):
     yield normal(), normal()  # an ordinary neighbour
 
 
+def close_logits(num_expert_sqrt, k, device="cpu", repeats=4):
+    """fp32 logits of which some differ in their lowest bits alone: all, two or four about the k-th best, or the k best; and
+    logits with ties about the k-th best but no lower bits at all."""
+    generator = torch.Generator().manual_seed(k)
+
+    def row(kind, sign):
+        ranks = torch.randperm(num_expert_sqrt, generator=generator)
+        values = -1.0 - ranks if sign < 0 else float(num_expert_sqrt) - ranks
+        first, last = {"all": (0, num_expert_sqrt), "two": (k - 1, k), "best": (0, k - 1)}.get(kind, (k - 2, k + 1))
+        close = (ranks >= first) & (ranks <= last)
+        values[close] = values[close].mean().round()
+        steps = torch.randint(8, ranks.shape, generator=generator, dtype=torch.int32) * close
+        return values if kind == "ties" else (values.view(torch.int32) + steps).view(torch.float32)
+
+    kinds = [(kind, sign) for kind in ("all", "two", "four", "best", "ties") for sign in (1, -1)] * repeats
+    shuffled = [kinds[i] for i in torch.randperm(len(kinds), generator=generator)]
+    return tuple(torch.stack([row(*kind) for kind in side]).to(device) for side in (kinds, shuffled))
+
+
 def layouts(logits):
     """The same values behind other strides: a transposed view, every other column of a wider tensor, reordered rows."""
     num_tokens, num_expert_sqrt = logits.shape

@@ -7,7 +7,8 @@ It is stricter than a GPU. An address must be aligned and inside a given array. 
 is written, and a copy's target does until the copy is waited for. Lanes may not touch each other's bytes without a
 barrier between. All lanes take a branch, or none. What an instruction is not known to do raises.
 
-A register is an array of 32 uint64; whoever reads one ignores the bits above its width.
+A register is an array of 32 uint64; whoever reads one ignores the bits above its width. Compilers may read one that
+nobody wrote where they need only half of an operand: it holds NaN.
 """
 
 import re
@@ -357,6 +358,8 @@ def space_of(name):
 def compile_copy(name, operands):
     if name == "cp.async.wait_all":
         return lambda warp, active: warp.finish_copies()
+    if name == "cp.async.bulk.prefetch.L2.global":
+        return lambda warp, active: warp.prefetch(*operands, active)
     if not re.fullmatch(r"cp\.async\.c[ag]\.shared(::cta)?\.global(\.L2::\d+B)?", name):
         raise LookupError(name)
     target, source, size, *length = operands
@@ -450,11 +453,19 @@ def run_warp(program, parameters, memory, shared_bytes=0, program_id=0, num_prog
                 raise
 
 
+class Registers(dict):
+    def __missing__(self, name):
+        if not re.fullmatch(r"%(r|rs|rd)\d+", name):
+            raise KeyError(name)
+        return constant(-1)
+
+
 class Warp:
     def __init__(self, program, parameters, memory, shared_bytes, program_id, num_programs):
         self.labels, self.position, self.end = program.labels, 0, len(program.instructions)
         self.parameters = [constant(parameter) for parameter in parameters]
-        self.registers = program.constants | dict.fromkeys(("%tid.x", "%laneid"), LANES.view(np.uint64))
+        self.registers = Registers(program.constants)
+        self.registers |= dict.fromkeys(("%tid.x", "%laneid"), LANES.view(np.uint64))
         self.registers |= dict.fromkeys(("%tid.y", "%tid.z", "%ctaid.y", "%ctaid.z"), constant(0))
         self.registers |= {"%ctaid.x": constant(program_id), "%nctaid.x": constant(num_programs)}
         shared = Memory(SHARED, np.full(program.shared_bytes + shared_bytes, 0xFF, np.uint8))
@@ -483,6 +494,12 @@ class Warp:
         for copy in self.copies:
             self.store("shared", *copy)
         self.copies = []
+        return ()
+
+    def prefetch(self, source, size, active):
+        addresses = self.addresses("global", source, 16, active)
+        assert int(size) % 16 == 0, f"{size} is not a multiple of 16"
+        self.load("global", addresses, int(size), active)
         return ()
 
     def addresses(self, space, operand, size, active):

@@ -1,6 +1,7 @@
 """Every kernel of the package compiles for every NVIDIA architecture, without a GPU, and keeps its small tiles in
 registers. Compiling needs a process whose Triton is no interpreter, so this file runs itself as a program."""
 
+import collections
 import importlib
 import json
 import multiprocessing
@@ -12,19 +13,23 @@ import sys
 import tempfile
 
 import pytest
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
 import omni_kernels
+from omni_kernels import factored, frontier, lanes
 
 ARCHS = {80: ["bf16"], 86: ["bf16"], 89: ["bf16"], 90: ["bf16", "fp32"], 100: ["bf16"], 120: ["bf16"]}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MAX_STACK = 128  # bytes a thread may keep outside its registers
 
-# module.kernel -> its constexpr arguments, by dtype where it matters. Runtime arguments are typed by their names.
+# module.kernel -> its constexpr arguments, by dtype where it matters, and the warps if not 4; of kernels whose launchers
+# compute them, (N, k, ...) that they compute them from. Runtime arguments are typed by their names.
 KERNELS = {
     "backward.dense_kernel": {"TILE_M": 16, "TILE_N": 16},
     "backward.scatter_kernel": {"TILE_M": 16, "TILE_K": 16, "TILE_N": 64},
-    "backward.shared_kernel": {"NUM_EXPERT_SQRT": 256, "TILE_M": 8, "TILE_K": 16, "TILE_N": 256},
+    "backward.shared_kernel": {"NUM_EXPERT_SQRT": 256, "TILE_M": 8, "TILE_K": 16, "TILE_N": 256, "num_warps": 1},
     "factored.factored_kernel": {
         "K": 4,
         "TILE_M": 1,
@@ -35,24 +40,16 @@ KERNELS = {
         "STREAMED": True,
         "NUM_CANDIDATES": 8,
         "SIDE": 2,
+        "num_warps": 1,
     },
+    "factored.factored_kernel of one expert": (100, 1),
     "forward.forward_kernel": {"TILE_M": 4, "TILE_N": 32},
+    "frontier.frontier_kernel": (256, 64),
+    "lanes.lanes_kernel": (256, 8, 2),
+    "lanes.lanes_kernel of few tokens": (256, 8, 16),
     "original.backward_kernel": {"TILE_M": 64, "TILE_K": 16},
     "original.forward_kernel": {"TILE_M": 4, "TILE_N": 1024},
     "original.split_forward_kernel": {"TILE_M": 1, "TILE_N": 1024, "TILE_K": 16},
-    "row_per_thread.row_per_thread_kernel": {
-        "NUM_EXPERT_SQRT": 128,
-        "K": 8,
-        "TILE_M": 32,
-        "TILE_N": 64,
-        "GROUP": 8,
-        "CHUNK": 4,
-        "VECTOR": 16,
-        "INDEX_BITS": {"bf16": 16, "fp32": 32},
-        "ROW_BITS": 13,
-        "NVIDIA": True,
-        "FP64": True,
-    },
     "split_forward.split_forward_kernel": {"TILE_M": 2, "TILE_N": 1024, "TILE_K": 16, "PADDED_SQRT": 128},
 }
 
@@ -82,28 +79,44 @@ def argument_type(name, dtype):
     return f"*{dtype}" if name.endswith("_ptr") else "i32"
 
 
+def launched_constants(name, num_expert_sqrt, k, *num_lanes, arch, dtype):
+    """The constants that a kernel's launcher computes."""
+    problem = num_expert_sqrt, k, DTYPES[dtype], 16, (arch // 10, arch % 10) in lanes.DOUBLES
+    if name == "frontier":
+        return frontier._constants(*problem) | {"num_warps": 1}
+    if name == "lanes":
+        constants = lanes._constants(*problem, *num_lanes)
+        return constants | {"AHEAD": 1000 if constants["STAGED"] and arch >= 90 else 0}
+    launches = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(factored, "factored_kernel", collections.defaultdict(lambda: lambda *_, **c: launches.append(c)))
+        factored.factored_forward(*torch.zeros(2, 4, num_expert_sqrt, dtype=DTYPES[dtype]), k)
+    return launches[0]
+
+
 def compile_kernel(case):
-    """(name, arch, dtype) -> what the binary was made for, and the stack it takes."""
+    """(name, arch, dtype) -> what the binary was made for, and the stack it takes beyond what the kernel asks for."""
     name, arch, dtype = case
-    kernel = package_kernels()[name]
-    constexprs = {arg: value[dtype] if isinstance(value, dict) else value for arg, value in KERNELS[name].items()}
+    kernel = package_kernels()[name.split(" ")[0]]
+    constants = KERNELS[name]
+    if isinstance(constants, tuple):
+        constants = launched_constants(name.split(".")[0], *constants, arch=arch, dtype=dtype)
+    constexprs = {arg: value[dtype] if isinstance(value, dict) else value for arg, value in constants.items()}
+    options = {"num_warps": constexprs.pop("num_warps", 4)}
     signature = {arg: "constexpr" if arg in constexprs else argument_type(arg, dtype) for arg in kernel.arg_names}
     source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
-    binary = triton.compile(
-        source,
-        target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": 1 if any(part in name for part in ("factored", "row_per_thread", "shared")) else 4},
-    )
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return case, re.search(r"\.target (\w+)", binary.asm["ptx"])[1], int(re.search(r"STACK:(\d+)", usage)[1])
+    stack = int(re.search(r"STACK:(\d+)", usage)[1]) - sum(map(int, re.findall(r"private\[(\d+)\]", binary.asm["ptx"])))
+    return case, re.search(r"\.target (\w+)", binary.asm["ptx"])[1], stack
 
 
 def test_every_kernel_is_listed():
-    assert sorted(package_kernels()) == sorted(KERNELS)
+    assert set(package_kernels()) == {name.split(" ")[0] for name in KERNELS}
 
 
 @pytest.fixture(scope="module")

@@ -1,76 +1,153 @@
-"""The code NVIDIA GPUs run for row_per_thread.py, run on the CPU: see ptx.py. Compiling needs a process whose Triton is
-no interpreter, so this file runs itself as a program."""
+"""The code NVIDIA GPUs run for lanes.py and frontier.py, run on the CPU: see ptx.py. Compiling needs a process whose
+Triton is no interpreter, so this file runs itself as a program."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 import torch
 import triton
-from cases import NAN, adversarial_logits, assert_same_bits
+from cases import INF, NAN, adversarial_logits, assert_same_bits, close_logits, dtype_name
 from ptx import parse, run_warp
 from triton.backends.compiler import GPUTarget
 
-from omni_kernels import factored_router
-from omni_kernels.keys import INDEX_BITS
-from omni_kernels.row_per_thread import row_per_thread_kernel
+from omni_kernels import factored_router, frontier, lanes
 
-TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+pytestmark = pytest.mark.xdist_group("ptx")  # compiled once
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 X, Y, SCORES, INDICES = (i << 40 for i in range(1, 5))
-# dtype, N, k, TILE_N, CHUNK, whether 64-bit keys order as doubles: each way to read a row and to order keys.
+
+
+class Case(NamedTuple):
+    """A problem, and how its kernel reads rows and orders keys."""
+
+    num_expert_sqrt: int
+    k: int
+    dtype: torch.dtype
+    alignment: int  # of the rows, in bytes; 0: transposed logits
+    fp64: bool
+    lanes: int  # 0: frontier.py
+    constants: dict  # among them, so that nobody changes what a case is about unseen
+
+    def __str__(self):
+        return f"{self.num_expert_sqrt}-{self.k}-{dtype_name(self.dtype)}-{self.alignment}-{self.fp64}-{self.lanes}"
+
+
 CASES = [
-    ("bf16", 64, 16, 64, 1, True),
-    ("bf16", 128, 8, 128, 4, False),
-    ("bf16", 128, 5, 64, 4, True),
-    ("fp16", 64, 10, 64, 2, True),
-    ("fp32", 64, 5, 32, 2, True),
-    ("fp32", 64, 5, 32, 2, False),
-    ("bf16", 33, 5, 0, 1, True),
+    # In tiles, staged.
+    Case(64, 16, BF16, 16, True, 2, {"STAGED": True, "TILE_N": 64, "CHUNK": 2}),
+    Case(64, 32, BF16, 16, False, 2, {"STAGED": True, "TILE_N": 64, "CHUNK": 1}),
+    Case(512, 8, BF16, 16, False, 2, {"STAGED": True, "TILE_N": 256, "CHUNK": 4}),
+    Case(66, 5, BF16, 4, True, 2, {"STAGED": True, "TILE_N": 66, "CHUNK": 2, "VECTOR": 4}),
+    Case(64, 10, FP16, 16, True, 2, {"STAGED": True, "TILE_N": 64, "CHUNK": 2}),
+    Case(68, 4, FP16, 8, False, 2, {"STAGED": True, "TILE_N": 68, "CHUNK": 4, "VECTOR": 8}),
+    # Straight from global memory, ragged or not.
+    Case(100, 10, BF16, 8, True, 4, {"STAGED": False, "SEGMENT": 52, "TILE_N": 52, "CHUNK": 1}),
+    Case(256, 5, BF16, 16, True, 16, {"STAGED": False, "SEGMENT": 32, "CHUNK": 2}),
+    Case(128, 8, FP16, 16, False, 16, {"STAGED": False, "SEGMENT": 16, "CHUNK": 1}),
+    Case(100, 4, FP32, 16, True, 8, {"HALVED": False, "SEGMENT": 28, "CHUNK": 1, "INDEX_BITS": 32}),
+    # fp32 by halves.
+    Case(64, 16, FP32, 16, True, 2, {"HALVED": True, "TILE_N": 64, "CHUNK": 2}),
+    Case(64, 5, FP32, 16, False, 2, {"HALVED": True, "TILE_N": 64, "CHUNK": 4}),
+    Case(64, 5, FP32, 16, True, 4, {"HALVED": True, "TILE_N": 32, "CHUNK": 2}),
+    Case(256, 3, FP32, 16, True, 2, {"HALVED": True, "TILE_N": 128, "CHUNK": 4}),
+    Case(256, 3, FP32, 16, False, 2, {"HALVED": True, "TILE_N": 128, "CHUNK": 4}),
+    Case(32, 7, FP32, 16, False, 2, {"HALVED": True, "TILE_N": 32, "CHUNK": 2}),
+    Case(32, 10, FP32, 16, True, 2, {"HALVED": True, "TILE_N": 32, "CHUNK": 1}),
+    Case(4, 9, FP32, 16, True, 2, {"HALVED": True, "TILE_N": 4, "CHUNK": 1}),
+    # Logit by logit.
+    Case(33, 5, BF16, 2, True, 4, {"TILE_N": 0}),
+    Case(7, 5, FP16, 0, True, 4, {"TILE_N": 0}),
+    Case(20, 7, FP32, 0, False, 2, {"TILE_N": 0}),
+    Case(40, 5, FP32, 0, True, 2, {"TILE_N": 0}),
+    Case(1, 1, BF16, 2, True, 2, {"TILE_N": 0}),
+    # frontier.py: one piece, several, several tiles of them; fewer tokens a warp.
+    Case(64, 40, BF16, 16, True, 0, {"PIECES": 1, "VECTOR": 16}),
+    Case(20, 33, FP32, 0, True, 0, {"PIECE": 20, "VECTOR": 0}),
+    Case(33, 40, FP32, 4, False, 0, {"PIECE": 33, "VECTOR": 4}),
+    Case(100, 40, FP32, 16, True, 0, {"PIECES": 2, "VECTOR": 16}),
+    Case(300, 128, BF16, 8, False, 0, {"PIECES": 4, "VECTOR": 8}),
+    Case(64, 256, FP32, 16, True, 0, {"TOKENS": 8}),
 ]
 
 
-def compile_case(dtype, num_expert_sqrt, k, tile_n, chunk, fp64):
-    """The PTX for contiguous logits."""
-    constexprs = {
-        "stride_xn": 1, "stride_yn": 1, "NUM_EXPERT_SQRT": num_expert_sqrt, "K": k, "TILE_M": 32, "TILE_N": tile_n,
-        "GROUP": max(8, triton.next_power_of_2(k)), "CHUNK": chunk, "VECTOR": 16,
-        "INDEX_BITS": INDEX_BITS[TYPES[dtype]], "ROW_BITS": 13, "NVIDIA": True, "FP64": fp64,
-    }  # fmt: skip
-    types = {"indices_ptr": "*i32"} | dict.fromkeys(("x_ptr", "y_ptr", "scores_ptr"), f"*{dtype}")
-    names = row_per_thread_kernel.arg_names
-    signature = {name: "constexpr" if name in constexprs else types.get(name, "i32") for name in names}
-    source = triton.compiler.ASTSource(fn=row_per_thread_kernel, signature=signature, constexprs=constexprs)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1}).asm["ptx"]
+def constants_of(case):
+    """As the launcher has them on a Hopper GPU, but for one warp."""
+    *problem, num_lanes, expected = case
+    constants = dict(lanes._constants(*problem, num_lanes) if num_lanes else frontier._constants(*problem))
+    differing = {name: constants[name] for name, value in expected.items() if constants[name] != value}
+    assert not differing, f"{case}: {differing}"
+    constants.pop("num_warps", None)
+    if num_lanes:
+        prefetches = constants["STAGED"] and constants["VECTOR"] == 16 and num_lanes == 2
+        constants |= {"TILE_M": 32, "AHEAD": 20 if prefetches else 0}
+    return constants | ({"stride_xn": 1, "stride_yn": 1} if case.alignment else {})
+
+
+def compile_case(position):
+    """The PTX of a case, and how many tokens a warp has."""
+    case = CASES[position]
+    kernel = lanes.lanes_kernel if case.lanes else frontier.frontier_kernel
+    constexprs = constants_of(case)
+    element = {FP32: "fp32", FP16: "fp16", BF16: "bf16"}[case.dtype]
+    types = dict.fromkeys(("x_ptr", "y_ptr", "scores_ptr"), f"*{element}") | {"indices_ptr": "*i32"}
+    signature = {name: "constexpr" if name in constexprs else types.get(name, "i32") for name in kernel.arg_names}
+    source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1}).asm["ptx"]
+    return ptx, 32 // case.lanes if case.lanes else constexprs["TOKENS"]
 
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
+    """For every case the parsed program, and how many tokens it routes."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
     run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    return [parse(ptx) for ptx in json.loads(run.stdout)]
+    return [(parse(ptx), tokens) for ptx, tokens in json.loads(run.stdout)]
 
 
-def run_kernel(program, x, y, k, tokens_per_warp=32):
+def run_kernel(program, tokens_per_warp, x, y, k):
     """Scores and indices of all tokens."""
     scores, indices = torch.full((len(x), k), NAN, dtype=x.dtype), torch.full((len(x), k), -1, dtype=torch.int32)
     tensors = {X: x, Y: y, SCORES: scores, INDICES: indices}
-    memory = {address: tensor.view(torch.uint8).numpy().reshape(-1) for address, tensor in tensors.items()}
-    for program_id in range(triton.cdiv(len(x), tokens_per_warp)):
-        run_warp(program, [*tensors, x.stride(0), y.stride(0), len(x)], memory, program_id=program_id)
+    memory = {
+        address: (tensor if tensor.is_contiguous() else tensor.t()).view(torch.uint8).numpy().reshape(-1)
+        for address, tensor in tensors.items()
+    }
+    strides = [*x.stride(), *y.stride()] if x.stride(1) > 1 else [x.stride(0), y.stride(0)]
+    num_programs = triton.cdiv(len(x), tokens_per_warp)
+    for program_id in range(num_programs):
+        run_warp(program, [*tensors, *strides, len(x)], memory, program_id=program_id, num_programs=num_programs)
     return scores, indices
 
 
-@pytest.mark.parametrize("case", range(len(CASES)), ids=["-".join(map(str, case)) for case in CASES])
-def test_every_kind_of_token(case, programs):
-    dtype, num_expert_sqrt, k, *_ = CASES[case]
-    x, y = adversarial_logits(num_expert_sqrt, TYPES[dtype], repeats=4)
-    assert len(x) % 32 != 0, "these tokens do not test a warp that is not full"
-    assert_same_bits(run_kernel(programs[case], x, y, k), factored_router(x, y, k))
+def logits_of(case, tokens_per_warp):
+    """Tokens of every kind; those with the smallest logits first, so that some warps route none that are extreme."""
+    x, y = adversarial_logits(case.num_expert_sqrt, case.dtype, repeats=2)
+    if case.dtype == FP32:
+        close = close_logits(case.num_expert_sqrt, case.k, repeats=4 if case.lanes else 1)
+        x, y = (torch.cat(parts) for parts in zip((x, y), close, strict=True))
+    order = (x.float().abs() + y.float().abs()).nan_to_num(INF).amax(1).argsort(stable=True)
+    # An odd number, and few where they are slow.
+    order = order[: tokens_per_warp + 5] if case.k > 100 else order[1:]
+    x, y = x[order], y[order]
+    return (x, y) if case.alignment else (x.t().contiguous().t(), y.t().contiguous().t())
+
+
+@pytest.mark.parametrize("position", range(len(CASES)), ids=map(str, CASES))
+def test_every_kind_of_token(position, programs):
+    case, (program, tokens_per_warp) = CASES[position], programs[position]
+    x, y = logits_of(case, tokens_per_warp)
+    assert len(x) % tokens_per_warp != 0, "these tokens do not test a warp that is not full"
+    assert_same_bits(run_kernel(program, tokens_per_warp, x, y, case.k), factored_router(x, y, case.k))
 
 
 if __name__ == "__main__":
-    print(json.dumps([compile_case(*case) for case in CASES]))
+    with multiprocessing.Pool() as pool:
+        print(json.dumps(pool.map(compile_case, range(len(CASES)), chunksize=1)))

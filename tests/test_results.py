@@ -12,7 +12,7 @@ from omni_kernels import brute_force_router, factored_router
 
 pytest.importorskip("seaborn")
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "notebooks"))
-speed, tables = (importlib.import_module(name) for name in ("speed_study", "tables"))
+speed, tables, timing = (importlib.import_module(name) for name in ("speed_study", "tables", "timing"))
 
 MAIN, SMALL = speed.MAIN, speed.Case(7, 8, 4, "fp32")
 LIMITS = {"bandwidth_gbs": 3000.0, "empty_us": 1.5}
@@ -173,13 +173,16 @@ def test_what_is_measured_is_not_measured_again(no_tables, monkeypatch):
         monkeypatch.setattr(speed, function, lambda work: [row(MAIN, speed.OMNI, 50.0)])
     add_run(monkeypatch, "A GPU", "new", "ladder", row(MAIN, speed.OMNI, 50.0))
     done = speed.measure(again=False)
+    assert done.pop("compiled ahead").startswith("in ")
     assert done.pop("ladder") == "measured before"
     assert all(what.startswith("measured now") for what in done.values())
     assert len(compiled[0]) == sum(
         len(work) for table, work in speed.TABLES.items() if table not in ("ladder", "first_calls")
     )
     assert set(speed.measure(again=False).values()) == {"measured before"}
-    assert all(what.startswith("measured now") for what in speed.measure(again=True).values())
+    again = speed.measure(again=True)
+    assert set(again) == {"compiled ahead", *speed.TABLES}
+    assert all(again[table].startswith("measured now") for table in speed.TABLES)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU would measure")
@@ -191,5 +194,81 @@ def test_without_a_gpu_nothing_is_measured():
 def test_rungs_launch_their_own_kernel(name, device):
     x, y = speed.logits(SMALL._replace(dtype="fp16"))
     assert speed.compare(speed.RIVALS[name].route(x, y, 4), factored_router(x, y, 4), x, y) == "equal"
+
+
+def test_a_rung_of_another_kernel_than_its_own_fails(monkeypatch, device):
+    monkeypatch.setattr(speed.factored, "factored_forward", lambda x, y, k: None)
     with pytest.raises(RuntimeError, match="another kernel"):
-        speed._launched(speed.Changed(speed.lanes.lanes_kernel, {}), None)
+        speed.RIVALS["one kernel"].route(*speed.logits(SMALL), 4)
+
+
+def test_rungs_change_the_constants_they_name_and_nothing_else(monkeypatch, device):
+    launches = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *_, **constants: launches.append({"programs": grid[0], **constants})
+
+    for name, value in (("interpreting", False), ("compares_doubles", True)):
+        monkeypatch.setattr(speed.lanes, name, lambda *_, value=value: value)
+    monkeypatch.setattr(speed.lanes, "lanes_kernel", Kernel())
+    for name in speed.RUNGS[speed.RUNGS.index("a row a lane") :]:
+        speed.RIVALS[name].route(*speed.logits(speed.Case(1024, 256, 15, "fp16")), 15)  # a case of this test alone
+    *changed, own = launches
+    changed = [{name: launch[name] for name in own if launch[name] != own[name]} for launch in changed]
+    one_warp = {"programs": 64, "TILE_M": 32, "num_warps": 1}
+    assert (own["programs"], own["LANES"]) == (32, 2)
+    assert changed == [
+        one_warp | {"TILE_N": 0, "CHUNK": 1, "VECTOR": 0, "STAGED": False, "FP64": False},
+        one_warp | {"CHUNK": 1, "STAGED": False, "FP64": False},
+        one_warp | {"CHUNK": 1, "FP64": False},
+        one_warp | {"FP64": False},
+        one_warp,
+    ]
+
+
+def test_a_table_that_cannot_be_measured_keeps_no_other_from_it(no_tables, monkeypatch):
+    def broken(work):
+        raise RuntimeError("no more")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(speed, "_compile_ahead", broken)
+    add_run(monkeypatch, "A GPU", "new", "nothing", {})
+    rows = [row(MAIN, speed.OMNI, 50.0)]
+    for function in ("timed_rows", "memory_rows"):
+        monkeypatch.setattr(speed, function, lambda work: rows)
+    monkeypatch.setattr(speed, "first_call_rows", broken)
+    done = speed.measure(again=True)
+    assert done.pop("compiled ahead") == done.pop("first_calls") == "RuntimeError: no more"
+    assert all(what.startswith("measured now") for what in done.values())
+    assert tables.read("first_calls").empty
+    assert len(tables.read("memory")) == 1
+
+
+def test_first_calls_are_told_with_what_another_token_count_costs(no_tables, monkeypatch):
+    other = {"other_tokens": 16, "other_s": 0.0021, "other_compiled": 0}
+    cold = row(MAIN, speed.OMNI, None, cache="cold", first_s=7.25, **other)
+    warm = row(MAIN, speed.OMNI, None, cache="warm", first_s=0.5, **other)
+    failed = [row(MAIN, speed.ORIGINAL, None, cache=cache, error="RuntimeError") for cache in ("cold", "warm")]
+    add_run(monkeypatch, "A GPU", "new", "first_calls", cold, warm, *failed)
+    lines = speed.told("first_calls", speed.first_calls_table).splitlines()
+    assert lines[-2:] == [
+        "| omni_router | 65536 | 256 | 16 | bf16 | 7.25 | 0.50 | 16 | 2.10 | 0 |",
+        "| original kernels | 65536 | 256 | 16 | bf16 | – | – | – | – | – |",
+    ]
+
+
+def test_the_host_is_given_time_by_a_large_buffer_and_only_meanwhile(monkeypatch):
+    class Driver:
+        def get_empty_cache_for_benchmark(self):
+            return "256 MiB"
+
+    driver = Driver()
+    monkeypatch.setattr(timing.triton.runtime.driver, "_active", driver)
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: size * dtype.itemsize)
+    monkeypatch.setattr(
+        timing.triton.testing, "do_bench", lambda call, rep: (driver.get_empty_cache_for_benchmark(), call, rep)
+    )
+    assert timing.do_bench("call", rep=3) == (timing.FLUSH_BYTES, "call", 3)
+    assert driver.get_empty_cache_for_benchmark() == "256 MiB"

@@ -30,6 +30,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from omni_kernels import (
     brute_force_router,
     factored,
+    frontier,
     omni_router,
     reference,
     triton_omni_router_func,
@@ -158,11 +159,12 @@ def test_empty_results(router, num_tokens, num_expert_sqrt, k, dtype, device):
 
 
 def test_omni_router_takes_the_kernel_up_to_its_limit(device, monkeypatch):
-    x, y = exact_logits(2, 9, FP32, device)
-    for k in (1, factored.MAX_EXPERTS_PER_TOKEN + 1, 81):
+    x, y = exact_logits(2, 17, FP32, device)
+    limit = frontier.MAX_EXPERTS_PER_TOKEN if ON_GPU else factored.MAX_EXPERTS_PER_TOKEN
+    for k in (1, limit + 1, 289):
         with count_launches(monkeypatch) as launches:
             result = omni_router(x, y, k)
-        assert bool(launches) == (k <= factored.MAX_EXPERTS_PER_TOKEN)
+        assert bool(launches) == (k <= limit)
         assert_same_bits(result, brute_force_router(x, y, k))
 
 
