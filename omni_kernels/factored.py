@@ -138,14 +138,14 @@ def factored_kernel(
 
 
 def factored_forward(router_logits_x, router_logits_y, num_experts_per_token, scores_dtype=None):
-    """Scores and indices of the k best experts, by the kernel that fits; the same as `reference.factored_router`, bit for
-    bit, which stands in where none does.
+    """Scores and indices of the k best experts, by the kernel that fits, or by `reference.factored_router` where none
+    does; the same results, bit for bit.
 
     Args:
         router_logits_x, router_logits_y: (num_tokens, N), fp32, fp16 or bf16, on a GPU (or on the CPU under Triton's
             interpreter), any strides, at least one token.
-        num_experts_per_token: k, from 1 to N². Kernels take up to frontier.MAX_EXPERTS_PER_TOKEN on an NVIDIA GPU, up to
-            MAX_EXPERTS_PER_TOKEN elsewhere.
+        num_experts_per_token: k, from 1 to N². Kernels take up to frontier.MAX_EXPERTS_PER_TOKEN on an NVIDIA GPU, and
+            up to MAX_EXPERTS_PER_TOKEN elsewhere.
         scores_dtype: fp32, fp16 or bf16; the logits' unless given.
 
     Returns:

@@ -1,16 +1,16 @@
-"""The factored router for many experts a token, which no lane's registers hold: lists live in shared memory.
+"""The factored router for many experts a token, which no lane's registers hold: lists live in memory.
 
 Two lanes share a token, the even one with its row of x, the odd one with its row of y. A lane sorts its row PIECE
 columns at a time with a network in registers (networks.py), and merges the pieces into the list of its k best by taking
 the largest of their heads, k times.
 
 The k best pairs are then taken one by one from the frontier of the staircase (reference.py): the even lane holds the
-best pair left of each of its rows, row a being its rank a with the other factor's ranks from a on, the odd lane the same
-with the roles exchanged and the pairs of equal ranks left out. That is SIDE = ⌊√k⌋ pairs a lane; the better of the two
-lanes' best is next, and its row moves on. (Selection in X + Y: Frederickson and Johnson 1982.)
+best pair left of each of its rows, row a being its rank a with the other factor's ranks from a on; the odd lane does the
+same with the roles exchanged and the pairs of equal ranks left out. That is SIDE = ⌊√k⌋ pairs a lane; the better of the
+two lanes' best is next, and its row moves on. (Selection in X + Y: Frederickson and Johnson 1982.)
 
-Loops instead of networks of k keys keep the code in the instruction cache: at k = 64 a network of the whole staircase is
-twice what the cache holds, and waits for its own instructions.
+Loops instead of networks of k keys keep the code short: at k = 64 a network of the whole staircase is more than the
+instruction cache holds, and waits for its own instructions.
 
 A pair's key is the 64 bits (sum, row, rank in y, rank in x). Rounding may turn pairs of one column around, hardly ever:
 where two ranks of x lie so close that it could, all of the warp's pairs are taken from rows of x alone.
@@ -36,7 +36,18 @@ from .lanes import (
     skip_first,
 )
 from .networks import exchange, is_less, sort
-from .words import allocate_private, allocate_rows, load_private, load_shared, load_shared_byte, partner, store_private, store_row, store_shared, sync_warp
+from .words import (
+    allocate_private,
+    allocate_rows,
+    load_private,
+    load_shared,
+    load_shared_byte,
+    partner,
+    store_private,
+    store_row,
+    store_shared,
+    sync_warp,
+)
 
 MAX_EXPERTS_PER_TOKEN = 256  # ranks take 8 bits of a pair's key
 MAX_EXPERT_SQRT = 1 << 15  # and rows what is left of 31
@@ -223,8 +234,8 @@ def frontier_kernel(
         rank_x, rank_y = _ranks(best, FP64)
         row = tl.where(odd, rank_y, rank_x)
         key = _pair(
-            x_list, y_list, tl.where(odd, rank_x + 1, rank_x), tl.where(odd, rank_y, rank_y + 1), poison, K, RANKS, STEP,
-            INDEX_BITS, FP64,
+            x_list, y_list, tl.where(odd, rank_x + 1, rank_x), tl.where(odd, rank_y, rank_y + 1), poison, K, RANKS,
+            STEP, INDEX_BITS, FP64,
         )  # fmt: skip
         next_keys = ()
         for a in tl.static_range(SIDE):
@@ -300,7 +311,8 @@ def _constants(num_expert_sqrt, k, dtype, alignment, fp64):
     token_bytes = (k + 1) * 8 + ranks * (16 if index_bits == 32 else 8)
     return {
         "NUM_EXPERT_SQRT": num_expert_sqrt, "K": k, "SIDE": min(math.isqrt(k), num_expert_sqrt),
-        "TOKENS": next(tokens for tokens in (16, 8, 4) if tokens * token_bytes + ranks * 32 <= SHARED_BYTES), "PIECE": piece,
+        "TOKENS": next(tokens for tokens in (16, 8, 4) if tokens * token_bytes + ranks * 32 <= SHARED_BYTES),
+        "PIECE": piece,
         "PIECES": min(PIECES, -(-num_expert_sqrt // piece)), "VECTOR": vector if vector >= 4 else 0,
         "INDEX_BITS": index_bits, "FP64": fp64,
     }  # fmt: skip

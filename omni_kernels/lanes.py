@@ -10,11 +10,13 @@ A row passes through shared memory (words.py) in tiles of TILE_N columns; of eac
 chunk of CHUNK columns and sorts those, since the k best columns lie in the k chunks with the largest maxima, then sorts
 the columns of those k chunks alone.
 
-Keys carry their own tie-break. A 16-bit logit leaves the low bits of its fp32 pattern free, so value and column share
-one 32-bit integer; an fp32 logit takes 64 bits. A pair's key is the 64 bits (sum, row, rank of the column): pairs of one
-row are sorted by it as they come, even where rounding makes different sums equal, and so the merges never disagree with
-a full sort. Pairs of one column are sorted too, unless such a rounding tie turns two of them around; then they are
-sorted again.
+Keys carry their own tie-break, and 32 bits of them cost less than half of 64: one instruction gives the larger of two.
+A 16-bit logit leaves the low bits of its fp32 pattern free for its column. Of an fp32 logit only the upper bits find
+room beside the column, which is enough to tell all but a few apart; those few are sorted again (`_exact_keys`). A pair's
+key is (sum, row, rank of the column), in 32 bits if the sums' low bits are zeros, as sums of bf16 logits have them, else
+in 64 (`_select_pairs`). Pairs of one row are sorted by this key as they come, even where rounding makes different sums
+equal, and so the merges never disagree with a full sort. Pairs of one column are sorted too, unless such a rounding tie
+turns two of them around; then they are sorted again.
 """
 
 import functools
@@ -25,17 +27,20 @@ import triton
 import triton.language as tl
 
 from .configs import device_of, interpreting, kernel_input, output_dtype
-from .keys import INDEX_BITS, pack, pack_wide, unpack, unpack_wide
+from .keys import INDEX_BITS, float_to_key, pack, pack_wide, unpack, unpack_wide
 from .networks import best_of, bitonic, exchange, is_less, merge, merge_best, sort
 from .words import (
     allocate_rows,
     copy_rows,
     hide,
+    load_shared,
     load_value,
     load_words,
     partner,
     partners,
     store_row,
+    store_shared,
+    sync_warp,
     unpack_word,
     wait_for_rows,
 )
@@ -44,6 +49,7 @@ MAX_EXPERTS_PER_TOKEN = 32  # more would not fit in a lane's registers
 TILE_BYTES = 512  # what of a row a lane has at hand at once
 DOUBLES = ((8, 0), (9, 0), (10, 0))  # GPUs that compare doubles as fast as integers
 MIN_TILE = 64  # columns below which a tile is not worth its merge
+SUM_BITS = {torch.bfloat16: 9, torch.float16: 13}  # the fraction that nearly all sums of logits need
 MANY_LANES = 16  # of a token, where there are few tokens
 WARPS_OF_FEW_TOKENS = 3  # that a scheduler gets, at N = 256, before two lanes a token are faster
 STAGED_BYTES = 128  # of a row a lane; fewer are read straight from global memory
@@ -256,7 +262,7 @@ def _sorted_top(row, DTYPE: tl.constexpr, NUM_COLUMNS: tl.constexpr, K: tl.const
                 VECTOR: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
     """The 64-bit keys of the K best of a row of fp32 logits, in little code."""
     best = ()
-    for rank in tl.static_range(K):
+    for _rank in tl.static_range(K):
         best = best + (lowest(row, FP64),)
     for group in tl.range(NUM_COLUMNS // GROUP):
         start = hide(tl.zeros_like(row).to(tl.int32) + group * GROUP)
@@ -346,11 +352,13 @@ def _first_pair(rank, k, ranks):
 
 @triton.jit
 def _half_staircase(values, ids, other_values, other_ids, odd, RANKS: tl.constexpr, K: tl.constexpr, SIDE: tl.constexpr,
-                    NVIDIA: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
+                    ID_BITS: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
     """The keys of the best pairs in this lane's half of the staircase, descending, at most K.
 
     Row a of it pairs the lane's rank a with the other factor's ranks from a on. The pairs of equal ranks are the even
     lane's; the odd lane reads its neighbour's list one rank further, and its rows end one pair earlier.
+
+    Also whether a sum does not fit above ID_BITS of a 32-bit key. (ID_BITS = 31: keys have 64 bits.)
     """
     shifted_values, shifted_ids = (), ()
     for rank in tl.static_range(RANKS):
@@ -359,25 +367,35 @@ def _half_staircase(values, ids, other_values, other_ids, odd, RANKS: tl.constex
             shifted_ids = shifted_ids + (tl.where(odd, other_ids[rank + 1], other_ids[rank]),)
         else:
             shifted_values, shifted_ids = shifted_values + other_values[rank:], shifted_ids + other_ids[rank:]
-    keys = ()
+    keys, lost = (), tl.zeros_like(ids[0])
     for a in tl.static_range(SIDE):
         for b in tl.static_range(a, min(K // (a + 1), RANKS)):
-            key = pack_wide(values[a] + shifted_values[b], ids[a] | shifted_ids[b], NVIDIA, FP64)
+            value, low = values[a] + shifted_values[b], ids[a] | shifted_ids[b]
+            if ID_BITS < 31:
+                lost = lost | value.to(tl.int32, bitcast=True)
+                key = (float_to_key(value, NVIDIA) & -(1 << ID_BITS)) | low
+            else:
+                key = pack_wide(value, low, NVIDIA, FP64)
             keys = keys + (key if b + 1 < min(K // (a + 1), RANKS) else tl.where(odd, lowest(key, FP64), key),)
-
-    # Rounding may turn neighbours in an odd lane's row around, hardly ever.
-    turned = odd & False
-    for a in tl.static_range(SIDE):
-        for i in tl.static_range(_first_pair(a, K, RANKS) + 1, _first_pair(a + 1, K, RANKS)):
-            turned = turned | is_less(keys[i - 1], keys[i], FP64)
-    for _ in range(tl.max(turned.to(tl.int32), 0) * (RANKS // 2 + 1)):
-        keys = _settle_rows(keys, RANKS, K, SIDE, NVIDIA, FP64)
+    if ID_BITS < 31:
+        # Infinite sums are as good as inexact ones: different rows have the same.
+        least, most = values[RANKS - 1] + other_values[RANKS - 1], values[0] + other_values[0]
+        infinite = (least == float("-inf")) | (most == float("inf"))
+        lost = (infinite | (lost & ((1 << ID_BITS) - 1) != 0)).to(tl.int32)
+    else:
+        # Rounding may turn neighbours in an odd lane's row around, hardly ever.
+        turned = odd & False
+        for a in tl.static_range(SIDE):
+            for i in tl.static_range(_first_pair(a, K, RANKS) + 1, _first_pair(a + 1, K, RANKS)):
+                turned = turned | is_less(keys[i - 1], keys[i], FP64)
+        for _ in tl.range(tl.max(turned.to(tl.int32), 0) * (RANKS // 2 + 1)):
+            keys = _settle_rows(keys, RANKS, K, SIDE, NVIDIA, FP64)
 
     best = ()
     for a in tl.static_range(SIDE):
         row = keys[_first_pair(SIDE - 1 - a, K, RANKS) : _first_pair(SIDE - a, K, RANKS)]
         best = merge(row, best, len(row), NVIDIA, FP64)[:K]
-    return best
+    return best, lost
 
 
 @triton.jit
@@ -399,6 +417,58 @@ def _settle_rows(keys, RANKS: tl.constexpr, K: tl.constexpr, SIDE: tl.constexpr,
     for a in tl.static_range(SIDE):
         settled = settled + _settle(keys[_first_pair(a, K, RANKS) : _first_pair(a + 1, K, RANKS)], NVIDIA, FP64)
     return settled
+
+
+@triton.jit
+def _select_pairs(best, poison, odd, columns, NUM_EXPERT_SQRT: tl.constexpr, RANKS: tl.constexpr,
+                  K: tl.constexpr, SIDE: tl.constexpr, SPLIT: tl.constexpr, INDEX_BITS: tl.constexpr,
+                  ROW_BITS: tl.constexpr, NARROW: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
+    """Scores and indices of the K best pairs, of which each lane gets half if SPLIT, and whether NARROW keys failed.
+
+    A key holds the sum above the row above the rank of the column, each so that the lower one wins among equals. Wide
+    ones take the column along; NARROW ones, of 32 bits, leave it in shared memory: `columns`, by rank.
+    """
+    RANK_BITS: tl.constexpr = _bit_length(RANKS - 1)
+    ROW_AT: tl.constexpr = RANK_BITS if NARROW else 31 - ROW_BITS
+    RANK_AT: tl.constexpr = 0 if NARROW else ROW_BITS
+    ROW_MASK: tl.constexpr = (1 << (_bit_length(NUM_EXPERT_SQRT - 1) if NARROW else ROW_BITS)) - 1
+    # The even lane, of x, gives the row and the odd lane the rest: an index times a factor plus an offset, which takes
+    # multiply-adds, while other integer instructions wait for each other.
+    factor = tl.where(odd, 0 if NARROW else 1, -(1 << ROW_AT))
+    offset = tl.where(odd, (RANKS - 1) << RANK_AT, ROW_MASK << ROW_AT)
+    step = tl.where(odd, 1 << RANK_AT, 0)
+    values, ids = (), ()
+    for rank in tl.static_range(RANKS):
+        value, index = unpack(best[rank], INDEX_BITS, FP64)
+        values, ids = values + (value + poison,), ids + (index * factor + (offset - rank * step),)
+    ID_BITS: tl.constexpr = _bit_length(ROW_MASK << ROW_AT) if NARROW else 31
+    half, lost = _half_staircase(
+        values, ids, partners(values, 1, NVIDIA), partners(ids, 1, NVIDIA), odd, RANKS, K, SIDE, ID_BITS, NVIDIA, FP64
+    )  # fmt: skip
+    other_half = partners(half, 1, NVIDIA)
+    if SPLIT:  # a bitonic merge, of which the even lane finishes the better half and the odd lane the other
+        kept = best_of(half, other_half, NVIDIA, FP64)
+        pairs = ()
+        for slot in tl.static_range(K // 2):
+            chosen = is_less(kept[slot], kept[slot + K // 2], FP64) ^ odd
+            pairs = pairs + (tl.where(chosen, kept[slot + K // 2], kept[slot]),)
+        pairs = bitonic(pairs, NVIDIA, FP64)
+    else:
+        pairs = merge(half, other_half, len(half), NVIDIA, FP64)[:K]
+
+    scores, indices = (), ()
+    for slot in tl.static_range(len(pairs)):
+        if NARROW:
+            score, reversed_low = unpack(pairs[slot], ID_BITS)
+            low = (1 << ID_BITS) - 1 - reversed_low
+            rank = RANKS - 1 - (low & ((1 << RANK_BITS) - 1))
+            column = load_shared(columns + rank * 4, False)
+        else:
+            score, low = unpack_wide(pairs[slot], FP64)
+            column = low & ROW_MASK
+        scores = scores + (score,)
+        indices = indices + ((ROW_MASK - (low >> ROW_AT)) * NUM_EXPERT_SQRT + column,)
+    return scores, indices, lost
 
 
 @triton.jit
@@ -426,7 +496,7 @@ def lanes_kernel(
     num_tokens,
     NUM_EXPERT_SQRT: tl.constexpr, K: tl.constexpr, SIDE: tl.constexpr,
     LANES: tl.constexpr, SEGMENT: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, GROUP: tl.constexpr,
-    CHUNK: tl.constexpr, VECTOR: tl.constexpr, STAGED: tl.constexpr, HALVED: tl.constexpr,
+    CHUNK: tl.constexpr, VECTOR: tl.constexpr, STAGED: tl.constexpr, HALVED: tl.constexpr, NARROW: tl.constexpr,
     INDEX_BITS: tl.constexpr, ROW_BITS: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr,
 ):  # fmt: skip
     RANKS: tl.constexpr = min(K, NUM_EXPERT_SQRT)
@@ -458,7 +528,7 @@ def lanes_kernel(
             buffer = allocate_rows(lane, TILE_M * PITCH) + lane // 32 * (32 * PITCH)
             copy_rows(buffer, segment, (lane >= 0).to(tl.int32), TILE_N * BYTES, VECTOR, PITCH)
         best, doubt = (), tl.zeros_like(lane)
-        for rank in tl.static_range(OWN):
+        for _rank in tl.static_range(OWN):
             best = best + (lowest(lane.to(tl.int64) if SORT_BITS == 32 else lane, FP64),)
         for step in tl.range(TILES):
             # Hidden, or LLVM would count the columns in 64 bits, and sort keys of 64 bits to subtract them from.
@@ -502,48 +572,37 @@ def lanes_kernel(
     first, last = unpack(best[0], INDEX_BITS, FP64)[0], unpack(best[RANKS - 1], INDEX_BITS, FP64)[0]
     widest = first + partner(last, 1, NVIDIA)
     poison = tl.where(widest == widest, 0.0, float("nan"))
-    # A pair's key holds the row above the rank of the column above the column, each so that the lower one wins. The even
-    # lane, of x, gives the row and the odd lane the rest: an index times a factor plus an offset, which is a multiply-add.
-    factor = tl.where(odd, 1, -(1 << (31 - ROW_BITS)))
-    offset = tl.where(odd, (RANKS - 1) << ROW_BITS, ((1 << ROW_BITS) - 1) << (31 - ROW_BITS))
-    rank_step = tl.where(odd, 1 << ROW_BITS, 0)
-    values, ids = (), ()
-    for rank in tl.static_range(RANKS):
-        value, index = unpack(best[rank], INDEX_BITS, FP64)
-        values = values + (value + poison,)
-        ids = ids + (index * factor + (offset - rank * rank_step),)
-    other_values, other_ids = partners(values, 1, NVIDIA), partners(ids, 1, NVIDIA)
-    half = _half_staircase(
-        values, ids, other_values, other_ids, odd, RANKS, K, SIDE, NVIDIA, FP64
+    # Where all pairs of a lane may be among the K best, and K is a power of two, its neighbour finishes half of them.
+    SPLIT: tl.constexpr = K > 1 and K & (K - 1) == 0 and _first_pair(SIDE, K, RANKS) >= K
+    columns = lane
+    if NARROW:
+        columns = buffer + (lane % 32 | 1) * PITCH
+        for rank in tl.static_range(RANKS):
+            column = unpack(best[rank], INDEX_BITS, FP64)[1]
+            store_shared(buffer + lane % 32 * PITCH + rank * 4, column, 32, lane >= 0)
+        sync_warp(lane)
+    scores, indices, lost = _select_pairs(
+        best, poison, odd, columns, NUM_EXPERT_SQRT, RANKS, K, SIDE, SPLIT, INDEX_BITS, ROW_BITS, NARROW, NVIDIA, FP64
     )  # fmt: skip
-    other_half = partners(half, 1, NVIDIA)
-    SPLIT: tl.constexpr = len(half) == K and K > 1 and K & (K - 1) == 0
+    for _ in tl.range(tl.max(lost, 0) if NARROW else 0):
+        again = ()
+        for rank in tl.static_range(RANKS):
+            again = again + (hide(best[rank]),)  # or what both ways have in common would stay in registers
+        scores, indices, lost = _select_pairs(
+            again, poison, odd, columns, NUM_EXPERT_SQRT, RANKS, K, SIDE, SPLIT, INDEX_BITS, ROW_BITS, False, NVIDIA,
+            FP64,
+        )  # fmt: skip
+
     SLOTS: tl.constexpr = K // 2 if SPLIT else K
     writes = inside & (lane % LANES < (2 if SPLIT else 1))
-    if SPLIT:  # a bitonic merge, of which the even lane finishes the better half and the odd lane the other
-        kept = best_of(half, other_half, NVIDIA, FP64)
-        pairs = ()
-        for slot in tl.static_range(SLOTS):
-            chosen = is_less(kept[slot], kept[slot + SLOTS], FP64) ^ odd
-            pairs = pairs + (tl.where(chosen, kept[slot + SLOTS], kept[slot]),)
-        pairs = bitonic(pairs, NVIDIA, FP64)
-        outputs = tokens * K + lane % 2 * SLOTS
-    else:
-        pairs = merge(half, other_half, len(half), NVIDIA, FP64)[:K]
-        outputs = tokens * K
-
-    ROW_MASK: tl.constexpr = (1 << ROW_BITS) - 1
-    scores, rounded, indices = (), (), ()
+    outputs = tokens * K + (lane % 2 * SLOTS if SPLIT else 0)
+    rounded = ()
     for slot in tl.static_range(SLOTS):
-        score, low = unpack_wide(pairs[slot], FP64)
-        scores = scores + (score,)
-        rounded = rounded + (score.to(scores_ptr.dtype.element_ty),)
-        row, column = ROW_MASK - (low >> (31 - ROW_BITS)), low & ROW_MASK
-        indices = indices + (row * NUM_EXPERT_SQRT + column,)
+        rounded = rounded + (scores[slot].to(scores_ptr.dtype.element_ty),)
     store_row(scores_ptr + outputs, rounded, writes, NVIDIA)
     store_row(indices_ptr + outputs, indices, writes, NVIDIA)
 
-    ordinary = inside & (values[0] < float("inf")) & (other_values[0] < float("inf"))
+    ordinary = inside & (poison == 0.0) & (first < float("inf")) & (partner(first, 1, NVIDIA) < float("inf"))
     fill = ordinary & (scores[SLOTS - 1] == float("-inf"))
     if tl.max(fill.to(tl.int32), 0) != 0:
         num_finite = tl.zeros_like(lane)
@@ -591,7 +650,7 @@ def lanes_forward(router_logits_x, router_logits_y, num_experts_per_token, score
 
 
 def row_alignment(x, y):
-    """The largest power of two, in bytes and up to 16, that all rows begin at; 0: their logits do not lie side by side."""
+    """The largest power of two, in bytes and up to 16, that all rows begin at; 0: logits do not lie side by side."""
     if x.shape[1] > 1 and not x.stride(1) == y.stride(1) == 1:
         return 0
     starts = x.data_ptr() | y.data_ptr() | (x.stride(0) | y.stride(0)) * x.element_size()
@@ -621,13 +680,17 @@ def _constants(num_expert_sqrt, k, dtype, alignment, fp64, lanes):
             chunk = 1 if ragged else next(chunks, 1)
             reading = {"SEGMENT": segment, "TILE_N": tile_n, "CHUNK": chunk, "VECTOR": vector}
             staged, halved = segment * itemsize >= STAGED_BYTES, dtype == torch.float32 and not ragged
+    # A pair's sum may share 32 bits with row and rank where that leaves it the bits that sums of such logits have.
+    ranks = min(k, num_expert_sqrt)
+    sum_bits = 23 - (num_expert_sqrt - 1).bit_length() - (ranks - 1).bit_length()
+    narrow = staged and k <= 16 and sum_bits >= SUM_BITS.get(dtype, 32) and reading["TILE_N"] * itemsize >= 4 * ranks
     # Two warps a program run closer together and share more of the code they fetch, which long code gains from.
     long = staged and not halved and reading["TILE_N"] * itemsize == TILE_BYTES
     tile_m = 1024 if interpreting() else 64 if long else 32
     return {
         "NUM_EXPERT_SQRT": num_expert_sqrt, "K": k, "SIDE": min(math.isqrt(k), num_expert_sqrt), "LANES": lanes,
         "GROUP": min(32, max(8, 1 << (min(k, num_expert_sqrt) - 1).bit_length())), "TILE_M": tile_m, **reading,
-        "STAGED": staged, "HALVED": halved, "INDEX_BITS": INDEX_BITS[dtype], "ROW_BITS": _row_bits(k),
+        "STAGED": staged, "HALVED": halved, "NARROW": narrow, "INDEX_BITS": INDEX_BITS[dtype], "ROW_BITS": _row_bits(k),
         "NVIDIA": not interpreting(), "FP64": fp64, "num_warps": 1 if interpreting() else tile_m // 32,
     }  # fmt: skip
 

@@ -258,4 +258,4 @@ def sync_warp(like):
 @triton.jit
 def hide(value):
     """An int32 of which the compiler does not know where it comes from."""
-    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [value], tl.int32, True, 1)
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [value], tl.int32, False, 1)

@@ -18,3 +18,19 @@ settings.load_profile("ci")
 @pytest.fixture(scope="session")
 def device():
     return DEVICE
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_configurations():
+    """On a GPU kernels tune themselves over two configurations a problem, since what takes the time is compiling them;
+    each of the others has a test of its own."""
+    from omni_kernels import configs  # not before the interpreter is chosen
+
+    def first_and_last(*problem, pruned=configs.pruned):
+        kept = pruned(*problem)
+        return kept[:1] + kept[1:][-1:]
+
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE == "cuda":
+            patch.setattr(configs, "pruned", first_and_last)
+        yield

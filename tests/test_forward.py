@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+import triton
 from cases import DTYPES, ON_GPU, adversarial_logits, dtype_name, factors, far_apart_logits, mixed_layouts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omni_kernels import brute_force_router
-from omni_kernels.forward import MAX_EXPERT_SQRT, forward
+from omni_kernels import brute_force_router, get_arch, get_arch_specific_configs
+from omni_kernels.configs import pruned
+from omni_kernels.forward import MAX_EXPERT_SQRT, forward, forward_kernel
 
 FP32, FP16, BF16 = DTYPES
 CASES = [
@@ -16,7 +18,7 @@ CASES = [
     (100, 5, FP32), (MAX_EXPERT_SQRT, 2, BF16),
 ]  # fmt: skip
 if ON_GPU:
-    CASES += [(n, k, dtype) for n in (33, 64, 100, MAX_EXPERT_SQRT) for k in (5, 16, 31, 64) for dtype in DTYPES]
+    CASES += [(33, 64, FP16), (64, 16, BF16), (100, 31, FP32), (MAX_EXPERT_SQRT, 16, FP16)]
 
 
 def assert_is_definition(x, y, k):
@@ -28,7 +30,7 @@ def test_every_kind_of_token(num_expert_sqrt, k, dtype, device):
     assert_is_definition(*adversarial_logits(num_expert_sqrt, dtype, device, seed=k), k)
 
 
-@given(factors(sizes=st.sampled_from([2, 3, 7]), max_tokens=5), st.sampled_from([1, 3, 4]))
+@given(factors(sizes=st.sampled_from(SMALL), max_tokens=5), st.sampled_from([1, 3, 4] if not ON_GPU else [4]))
 @settings(max_examples=300 if ON_GPU else 10)
 def test_any_floats(device, logits, k):
     assert_is_definition(*(part.to(device) for part in logits), k)
