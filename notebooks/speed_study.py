@@ -112,12 +112,12 @@ class Changed:
     def __init__(self, kernel, constants):
         self.kernel, self.constants, self.launched = kernel, constants, False
 
-    def __getitem__(self, grid):
-        def launch(*args, **constants):
+    def __getitem__(self, _):
+        def launch(x, *args, **constants):
             self.launched = True
             changed = constants | self.constants
-            num_programs = -(-grid[0] * constants["TILE_M"] // changed["TILE_M"])
-            self.kernel[(num_programs,)](*args, **changed)
+            tokens_of_program = changed["TILE_M"] // changed.get("LANES", 1)
+            self.kernel[(triton.cdiv(len(x), tokens_of_program),)](x, *args, **changed)
 
         return launch
 
@@ -153,6 +153,7 @@ QUACK, ORIGINAL, OPTIMIZED, OMNI = "QuACK top-k, compiled", "original kernels", 
 FRONTIER = "frontier kernel"
 
 ONE_WARP = {"TILE_M": 32, "num_warps": 1}  # two lanes a token make it 16 tokens
+LONG_PAIRS = ONE_WARP | {"NARROW": False}
 
 # In the order of the ladder; the last is none of its rungs. A rung says what is new in it.
 RIVALS = {
@@ -201,29 +202,34 @@ RIVALS = {
         "The k best lie in the k chunks with the largest maxima: those are sorted, then what is in them.",
     ),
     "a row a lane": Rival(
-        lanes_rung(TILE_N=0, CHUNK=1, VECTOR=0, STAGED=False, HALVED=False, FP64=False, **ONE_WARP),
+        lanes_rung(TILE_N=0, CHUNK=1, VECTOR=0, STAGED=False, HALVED=False, FP64=False, **LONG_PAIRS),
         "factored kernels",
         "Sorting networks in a lane's own registers; a token's two lanes meet only for the pairs.",
     ),
     "vector loads": Rival(
-        lanes_rung(CHUNK=1, STAGED=False, HALVED=False, FP64=False, **ONE_WARP),
+        lanes_rung(CHUNK=1, STAGED=False, HALVED=False, FP64=False, **LONG_PAIRS),
         "factored kernels",
         "A lane reads 16 bytes of its row at a time.",
     ),
     "staged rows": Rival(
-        lanes_rung(CHUNK=1, HALVED=False, FP64=False, **ONE_WARP),
+        lanes_rung(CHUNK=1, HALVED=False, FP64=False, **LONG_PAIRS),
         "factored kernels",
         "A warp copies its rows together into shared memory, in whole cache lines.",
     ),
     "chunk maxima in a lane": Rival(
-        lanes_rung(HALVED=False, FP64=False, **ONE_WARP),
+        lanes_rung(HALVED=False, FP64=False, **LONG_PAIRS),
         "factored kernels",
         "The maxima first, here too; two logits of 16 bits at once.",
     ),
     "keys as doubles": Rival(
-        lanes_rung(**ONE_WARP),
+        lanes_rung(**LONG_PAIRS),
         "factored kernels",
         "Keys of 64 bits that order as doubles are compared by a unit that is otherwise idle.",
+    ),
+    "short keys of pairs": Rival(
+        lanes_rung(**ONE_WARP),
+        "factored kernels",
+        "A pair's sum, row and rank share 32 bits where the sums leave room for it; where they do not, 64 as before.",
     ),
     "two warps a program": Rival(
         lanes_rung(), "factored kernels", "They run close together and share the code they fetch."

@@ -5,9 +5,9 @@ columns at a time with a network in registers (networks.py), and merges the piec
 the largest of their heads, k times.
 
 The k best pairs are then taken one by one from the frontier of the staircase (reference.py): the even lane holds the
-best pair left of each of its rows, row a being its rank a with the other factor's ranks from a on; the odd lane does the
-same with the roles exchanged and the pairs of equal ranks left out. That is SIDE = ⌊√k⌋ pairs a lane; the better of the
-two lanes' best is next, and its row moves on. (Selection in X + Y: Frederickson and Johnson 1982.)
+best pair left of each of its rows, row a being its rank a with the other factor's ranks from a on; the odd lane does
+the same with the roles exchanged and the pairs of equal ranks left out. That is SIDE = ⌊√k⌋ pairs a lane; the better of
+the two lanes' best is next, and its row moves on. (Selection in X + Y: Frederickson and Johnson 1982.)
 
 Loops instead of networks of k keys keep the code short: at k = 64 a network of the whole staircase is more than the
 instruction cache holds, and waits for its own instructions.

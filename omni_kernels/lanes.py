@@ -12,11 +12,11 @@ the columns of those k chunks alone.
 
 Keys carry their own tie-break, and 32 bits of them cost less than half of 64: one instruction gives the larger of two.
 A 16-bit logit leaves the low bits of its fp32 pattern free for its column. Of an fp32 logit only the upper bits find
-room beside the column, which is enough to tell all but a few apart; those few are sorted again (`_exact_keys`). A pair's
-key is (sum, row, rank of the column), in 32 bits if the sums' low bits are zeros, as sums of bf16 logits have them, else
-in 64 (`_select_pairs`). Pairs of one row are sorted by this key as they come, even where rounding makes different sums
-equal, and so the merges never disagree with a full sort. Pairs of one column are sorted too, unless such a rounding tie
-turns two of them around; then they are sorted again.
+room beside the column, which is enough to tell all but a few apart; those few are sorted again (`_exact_keys`). The key
+of a pair is (sum, row, rank of the column), in 32 bits if the low bits of the sums are zeros, as sums of bf16 logits
+have them, else in 64 (`_select_pairs`). Pairs of one row are sorted by this key as they come, even where rounding makes
+different sums equal, and so the merges never disagree with a full sort. Pairs of one column are sorted too, unless such
+a rounding tie turns two of them around; then they are sorted again.
 """
 
 import functools
@@ -198,9 +198,9 @@ def _candidates_of_tile(row, skip, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K:
         CHUNK_BITS: tl.constexpr = _bit_length(TILE_N // CHUNK - 1) if HALVED else INDEX_BITS
         maxima = _keys_of_maxima(row, DTYPE, TILE_N, CHUNK, VECTOR, CHUNK_BITS, FP64)
         if HALVED:
-            chunks = _best_of_groups(maxima, K + 1, GROUP, True, FP64)
-            doubt = ((chunks[K - 1] ^ chunks[K]) >> CHUNK_BITS == 0).to(tl.int32)
-            chunks = chunks[:K]
+            chunks = _best_of_groups(maxima, K + 2, GROUP, True, FP64)
+            doubt = _same_bits(chunks, K, CHUNK_BITS)
+            chunks = chunks[: K + 1]
         else:  # their order does not matter
             LAST: tl.constexpr = (len(maxima) - 1) // GROUP * GROUP
             chunks = sort(maxima[LAST:], True, FP64)[:K]
@@ -223,6 +223,12 @@ def _gcd(a, b):
 
 
 @triton.jit
+def _same_bits(keys, K: tl.constexpr, INDEX_BITS: tl.constexpr):
+    """Whether the K-th key and the two after it are the same above INDEX_BITS."""
+    return (((keys[K - 1] ^ keys[K]) | (keys[K] ^ keys[K + 1])) >> INDEX_BITS == 0).to(tl.int32)
+
+
+@triton.jit
 def _exact_keys(best, row, doubt, DTYPE: tl.constexpr, NUM_COLUMNS: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
                 VECTOR: tl.constexpr, INDEX_BITS: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
     """The 64-bit keys of the K best of a row of fp32 logits, descending, from 32-bit keys of the K + 2 best or all.
@@ -232,25 +238,27 @@ def _exact_keys(best, row, doubt, DTYPE: tl.constexpr, NUM_COLUMNS: tl.constexpr
     columns are sorted by all bits, if any logit of the row has lower bits at all.
     """
     if len(best) == K + 2:
-        same = ((best[K - 1] ^ best[K]) | (best[K] ^ best[K + 1])) >> INDEX_BITS == 0
-        doubt = doubt | same.to(tl.int32)
+        doubt = doubt | _same_bits(best, K, INDEX_BITS)
     exact = ()
     for rank in tl.static_range(min(K + 1, len(best))):
         column = unpack(best[rank], INDEX_BITS)[1]
         value = load_words(row + column.to(tl.int64) * 4, 0, 1)[0].to(tl.float32, bitcast=True)
         exact = exact + _keys((value,), column, 32, True, FP64)
-    turned = doubt != doubt
-    for rank in tl.static_range(1, len(exact)):
-        turned = turned | is_less(exact[rank - 1], exact[rank], FP64)
-    for _ in tl.range(tl.max(turned.to(tl.int32), 0) * (K // 2 + 1)):
-        exact = _settle(exact, True, FP64)
+    for again in tl.static_range(2):  # neighbours seldom change places, and hardly ever more than two of them
+        turned = doubt != doubt
+        for rank in tl.static_range(1, len(exact)):
+            turned = turned | is_less(exact[rank - 1], exact[rank], FP64)
+        for _ in tl.range(tl.max(turned.to(tl.int32), 0) * (K // 2 + 1 if again else 1)):
+            exact = _settle(exact, True, FP64)
     exact = exact[:K]
 
     lower = tl.zeros_like(doubt)
-    for start in tl.range(0, tl.max(doubt, 0) * NUM_COLUMNS * 4, VECTOR):
-        words = load_words(row + start, 0, VECTOR // 4)
-        for i in tl.static_range(len(words)):
-            lower = lower | words[i]
+    TOGETHER: tl.constexpr = VECTOR * _gcd(NUM_COLUMNS * 4 // VECTOR, 8)
+    for start in tl.range(0, tl.max(doubt, 0) * NUM_COLUMNS * 4, TOGETHER):
+        for offset in tl.static_range(0, TOGETHER, VECTOR):
+            words = load_words(row + start, offset, VECTOR // 4)
+            for i in tl.static_range(len(words)):
+                lower = lower | words[i]
     doubt = ((doubt != 0) & (lower & ((1 << INDEX_BITS) - 1) != 0)).to(tl.int32)
     for _ in tl.range(tl.max(doubt, 0)):
         exact = _sorted_top(row, DTYPE, NUM_COLUMNS, K, _gcd(NUM_COLUMNS, GROUP), VECTOR, FP64)

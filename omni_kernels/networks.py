@@ -94,7 +94,7 @@ def best_of(a, b, NVIDIA: tl.constexpr, FP64: tl.constexpr):
 
 @triton.jit
 def bitonic(keys, NVIDIA: tl.constexpr, FP64: tl.constexpr):
-    """Sort, descending, a tuple that rises and then falls (or starts anywhere on such a circle); a power of two keys."""
+    """Sort, descending, a tuple that rises and then falls, or starts anywhere on such a circle; of a power of two."""
     HALF: tl.constexpr = len(keys) // 2
     if HALF == 0:
         return keys

@@ -31,10 +31,10 @@ def wait_for_rows(like):
 
 @triton.jit
 def copy_rows(buffer, address, wanted, TILE_BYTES: tl.constexpr, VECTOR: tl.constexpr, PITCH: tl.constexpr):
-    """Start copying the TILE_BYTES at every lane's global address into its warp's buffer, VECTOR bytes a lane at a time.
+    """Start copying the TILE_BYTES at every lane's global address into its warp's buffer, VECTOR bytes at a time.
 
-    buffer: the warp's shared memory, where lane i finds its bytes at i * PITCH. wanted: whether to copy at all (a branch
-    around the last copy of a loop would make the compiler peel off a whole iteration).
+    buffer: the warp's shared memory, where lane i finds its bytes at i * PITCH. wanted: whether to copy at all; a
+    branch around the last copy of a loop would make the compiler peel off a whole iteration.
     """
     lane = tl.arange(0, buffer.shape[0]) % 32
     PER_ROW: tl.constexpr = TILE_BYTES // VECTOR

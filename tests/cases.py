@@ -4,9 +4,11 @@ import contextlib
 
 import numpy as np
 import torch
+import triton
 from hypothesis import strategies as st
 
 from omni_kernels import brute_force_router
+from omni_kernels.configs import pruned
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INF, NAN = float("inf"), float("nan")
@@ -30,6 +32,17 @@ def dirty_memory():
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def configurations(candidates, kernel_type, *problem):
+    """Those that tuning tries for a problem; in the interpreter the first, since all other tests there run the last."""
+    kept = pruned(candidates, kernel_type, *problem)
+    return kept if ON_GPU else kept[:1]
+
+
+def only(config):
+    """What stands in for `configs.tuned` where one configuration is to run."""
+    return lambda kernel, *_, **__: triton.autotune([config], key=[])(kernel)
 
 
 # Inputs --------------------------------------------------------------------------------------------------------------
@@ -100,8 +113,8 @@ def _kinds(n, finfo, generator):
 
 
 def close_logits(num_expert_sqrt, k, device="cpu", repeats=4):
-    """fp32 logits of which some differ in their lowest bits alone: all, two or four about the k-th best, or the k best; and
-    logits with ties about the k-th best but no lower bits at all."""
+    """fp32 logits of which some differ in their lowest bits alone: all, two or four about the k-th best, or the k best;
+    and logits with ties about the k-th best but no lower bits at all."""
     generator = torch.Generator().manual_seed(k)
 
     def row(kind, sign):

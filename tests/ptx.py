@@ -358,8 +358,6 @@ def space_of(name):
 def compile_copy(name, operands):
     if name == "cp.async.wait_all":
         return lambda warp, active: warp.finish_copies()
-    if name == "cp.async.bulk.prefetch.L2.global":
-        return lambda warp, active: warp.prefetch(*operands, active)
     if not re.fullmatch(r"cp\.async\.c[ag]\.shared(::cta)?\.global(\.L2::\d+B)?", name):
         raise LookupError(name)
     target, source, size, *length = operands
@@ -494,12 +492,6 @@ class Warp:
         for copy in self.copies:
             self.store("shared", *copy)
         self.copies = []
-        return ()
-
-    def prefetch(self, source, size, active):
-        addresses = self.addresses("global", source, 16, active)
-        assert int(size) % 16 == 0, f"{size} is not a multiple of 16"
-        self.load("global", addresses, int(size), active)
         return ()
 
     def addresses(self, space, operand, size, active):

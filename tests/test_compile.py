@@ -24,8 +24,8 @@ ARCHS = {80: ["bf16"], 86: ["bf16"], 89: ["bf16"], 90: ["bf16", "fp32"], 100: ["
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MAX_STACK = 128  # bytes a thread may keep outside its registers
 
-# module.kernel -> its constexpr arguments, by dtype where it matters, and the warps if not 4; of kernels whose launchers
-# compute them, (N, k, ...) that they compute them from. Runtime arguments are typed by their names.
+# module.kernel -> its constexpr arguments, by dtype where it matters, and the warps if not 4; of kernels whose launcher
+# computes them, (N, k, ...) that it computes them from. Runtime arguments are typed by their names.
 KERNELS = {
     "backward.dense_kernel": {"TILE_M": 16, "TILE_N": 16},
     "backward.scatter_kernel": {"TILE_M": 16, "TILE_K": 16, "TILE_N": 64},
@@ -85,8 +85,7 @@ def launched_constants(name, num_expert_sqrt, k, *num_lanes, arch, dtype):
     if name == "frontier":
         return frontier._constants(*problem) | {"num_warps": 1}
     if name == "lanes":
-        constants = lanes._constants(*problem, *num_lanes)
-        return constants | {"AHEAD": 1000 if constants["STAGED"] and arch >= 90 else 0}
+        return lanes._constants(*problem, *num_lanes)
     launches = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(factored, "factored_kernel", collections.defaultdict(lambda: lambda *_, **c: launches.append(c)))

@@ -2,14 +2,22 @@
 
 import pytest
 import torch
-import triton
-from cases import DTYPES, ON_GPU, adversarial_logits, dtype_name, factors, far_apart_logits, mixed_layouts
+from cases import (
+    DTYPES,
+    ON_GPU,
+    adversarial_logits,
+    configurations,
+    dtype_name,
+    factors,
+    far_apart_logits,
+    mixed_layouts,
+    only,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omni_kernels import brute_force_router, get_arch, get_arch_specific_configs
-from omni_kernels.configs import pruned
-from omni_kernels.forward import MAX_EXPERT_SQRT, forward, forward_kernel
+from omni_kernels import brute_force_router, get_arch, get_arch_specific_configs, get_device
+from omni_kernels.forward import MAX_EXPERT_SQRT, forward
 
 FP32, FP16, BF16 = DTYPES
 CASES = [
@@ -18,7 +26,10 @@ CASES = [
     (100, 5, FP32), (MAX_EXPERT_SQRT, 2, BF16),
 ]  # fmt: skip
 if ON_GPU:
-    CASES += [(33, 64, FP16), (64, 16, BF16), (100, 31, FP32), (MAX_EXPERT_SQRT, 16, FP16)]
+    CASES += [(n, k, d) for n in (33, 64, 100, MAX_EXPERT_SQRT) for k, d in zip((5, 31, 64), DTYPES, strict=True)]
+# A GPU tunes for every problem.
+SMALL_SIZES, SMALL_COUNTS = ([3], [4]) if ON_GPU else ([2, 3, 7], [1, 3, 4])
+CONFIGS = configurations(get_arch_specific_configs(get_arch(get_device()), "fwd"), "fwd", 64, 40, 5)
 
 
 def assert_is_definition(x, y, k):
@@ -30,7 +41,7 @@ def test_every_kind_of_token(num_expert_sqrt, k, dtype, device):
     assert_is_definition(*adversarial_logits(num_expert_sqrt, dtype, device, seed=k), k)
 
 
-@given(factors(sizes=st.sampled_from(SMALL), max_tokens=5), st.sampled_from([1, 3, 4] if not ON_GPU else [4]))
+@given(factors(sizes=st.sampled_from(SMALL_SIZES), max_tokens=5), st.sampled_from(SMALL_COUNTS))
 @settings(max_examples=300 if ON_GPU else 10)
 def test_any_floats(device, logits, k):
     assert_is_definition(*(part.to(device) for part in logits), k)
@@ -48,6 +59,12 @@ def test_token_counts(num_tokens, device):
     """Programs that the tokens do not fill, and more than one program."""
     x, y = torch.randint(-3, 4, (2, num_tokens, 4), device=device).bfloat16()
     assert_is_definition(x, y, 2)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_every_configuration(config, device, monkeypatch):
+    monkeypatch.setattr("omni_kernels.forward.tuned", only(config))
+    assert_is_definition(*adversarial_logits(40, BF16, device), 5)
 
 
 def test_offsets_beyond_2_31_elements(device):

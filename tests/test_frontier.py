@@ -1,5 +1,5 @@
-"""The kernel for many experts a token: the bits of the factored PyTorch version on every kind of token. It is PTX for the
-most part, so these tests need a GPU; test_ptx.py runs the same code without one."""
+"""The kernel for many experts a token: the bits of the factored PyTorch version on every kind of token. It is PTX for
+the most part, so these tests need a GPU; test_ptx.py runs the same code without one."""
 
 import pytest
 import torch

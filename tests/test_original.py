@@ -7,17 +7,20 @@ from cases import (
     ON_GPU,
     adversarial_logits,
     assert_routes,
+    configurations,
     dtype_name,
     factors,
     far_apart_logits,
     layouts,
     mixed_layouts,
+    only,
     oracle_backward,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omni_kernels import brute_force_router
+from omni_kernels.configs import get_configs
 from omni_kernels.original import MAX_SPLIT_EXPERTS_PER_TOKEN, original_backward, original_forward
 
 FP32, FP16, BF16 = DTYPES
@@ -27,7 +30,14 @@ CASES = [
     (128, 1, FP16), (128, 5, FP32), (130, 2, FP16), (130, 16, BF16),  # streamed
 ]  # fmt: skip
 if ON_GPU:
-    CASES += [(n, k, dtype) for n in (33, 64, 100, 128, 130, 200, 256) for k in (5, 16, 31) for dtype in DTYPES]
+    CASES += [(n, k, d) for n in (64, 100, 130, 256) for k, d in zip((5, 16, 31), DTYPES, strict=True)]
+# A GPU tunes for every problem.
+SMALL_SIZES, SMALL_COUNTS = ([3], [4]) if ON_GPU else ([2, 3, 7], [1, 3, 4])
+FORWARD_CONFIGS = [
+    (n, config) for n, kind in ((40, "fwd"), (130, "fwd_split"))
+    for config in configurations(get_configs("original", kind), kind, 1024, n, 5)
+]  # fmt: skip
+BACKWARD_CONFIGS = configurations(get_configs("original", "bwd"), "bwd", 1024, 130, 64)
 
 
 def assert_is_definition(x, y, k):
@@ -39,7 +49,7 @@ def test_every_kind_of_token(num_expert_sqrt, k, dtype, device):
     assert_is_definition(*adversarial_logits(num_expert_sqrt, dtype, device, seed=k), k)
 
 
-@given(factors(sizes=st.sampled_from([2, 3, 7]), max_tokens=5), st.sampled_from([1, 3, 4]))
+@given(factors(sizes=st.sampled_from(SMALL_SIZES), max_tokens=5), st.sampled_from(SMALL_COUNTS))
 @settings(max_examples=300 if ON_GPU else 10)
 def test_any_floats(device, logits, k):
     assert_is_definition(*(part.to(device) for part in logits), k)
@@ -72,6 +82,13 @@ def test_token_counts(num_tokens, device):
     assert_is_definition(x, y, 2)
 
 
+@pytest.mark.parametrize(("num_expert_sqrt", "config"), FORWARD_CONFIGS, ids=str)
+def test_every_configuration(num_expert_sqrt, config, device, monkeypatch):
+    monkeypatch.setattr("omni_kernels.original.tuned", only(config))
+    x, y = (part[:: 1 if ON_GPU else 6] for part in adversarial_logits(num_expert_sqrt, BF16, device))
+    assert_is_definition(x, y, 5)
+
+
 def test_offsets_beyond_2_31_elements(device):
     assert_is_definition(*far_apart_logits(device), 4)
 
@@ -91,6 +108,15 @@ def test_backward(num_expert_sqrt, k, dtype, device):
     want = oracle_backward(grad_scores, indices, num_expert_sqrt)
     for _ in range(3):  # a gradient that nothing zeroed would grow
         assert all(map(torch.equal, original_backward(grad_scores, indices, num_expert_sqrt), want))
+
+
+@pytest.mark.parametrize("config", BACKWARD_CONFIGS, ids=str)
+def test_every_configuration_of_the_backward(config, device, monkeypatch):
+    monkeypatch.setattr("omni_kernels.original.tuned", only(config))
+    indices = pairs(300, 130, 64, device)
+    grad_scores = torch.randint(-3, 4, (300, 64), device=device).float()
+    want = oracle_backward(grad_scores, indices, 130)
+    assert all(map(torch.equal, original_backward(grad_scores, indices, 130), want))
 
 
 def test_backward_accumulates_in_fp32(device):

@@ -1,7 +1,9 @@
 """README's results are those of the recorded tables, and what the tables and their arithmetic say is right."""
 
 import importlib
+import os
 import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -211,20 +213,51 @@ def test_rungs_change_the_constants_they_name_and_nothing_else(monkeypatch, devi
 
     for name, value in (("interpreting", False), ("compares_doubles", True)):
         monkeypatch.setattr(speed.lanes, name, lambda *_, value=value: value)
+    monkeypatch.setattr(speed.lanes, "kernel_input", lambda logits: logits)
     monkeypatch.setattr(speed.lanes, "lanes_kernel", Kernel())
     for name in speed.RUNGS[speed.RUNGS.index("a row a lane") :]:
-        speed.RIVALS[name].route(*speed.logits(speed.Case(1024, 256, 15, "fp16")), 15)  # a case of this test alone
+        speed.RIVALS[name].route(*speed.logits(speed.Case(1024, 256, 15, "bf16")), 15)  # a case of this test alone
     *changed, own = launches
     changed = [{name: launch[name] for name in own if launch[name] != own[name]} for launch in changed]
     one_warp = {"programs": 64, "TILE_M": 32, "num_warps": 1}
     assert (own["programs"], own["LANES"]) == (32, 2)
+    long_pairs = one_warp | {"NARROW": False}
     assert changed == [
-        one_warp | {"TILE_N": 0, "CHUNK": 1, "VECTOR": 0, "STAGED": False, "FP64": False},
-        one_warp | {"CHUNK": 1, "STAGED": False, "FP64": False},
-        one_warp | {"CHUNK": 1, "FP64": False},
-        one_warp | {"FP64": False},
+        long_pairs | {"TILE_N": 0, "CHUNK": 1, "VECTOR": 0, "STAGED": False, "FP64": False},
+        long_pairs | {"CHUNK": 1, "STAGED": False, "FP64": False},
+        long_pairs | {"CHUNK": 1, "FP64": False},
+        long_pairs | {"FP64": False},
+        long_pairs,
         one_warp,
     ]
+
+
+# For a process whose Triton is no interpreter, and a GPU that is not there.
+COMPILE_RUNGS = """
+import autotune_study, speed_study, torch, triton
+from omni_kernels import lanes
+
+
+class Kernel:
+    def __getitem__(self, grid):
+        return lambda *args, **constants: lanes_kernel.warmup(*args, grid=(1,), **constants)
+
+
+triton.runtime.driver.set_active(autotune_study._NoDevice(autotune_study.TARGETS["cuda:sm90"]))
+lanes_kernel, lanes.lanes_kernel, lanes.compares_doubles = lanes.lanes_kernel, Kernel(), lambda device: True
+x, y = torch.randn(2, 5, 64).bfloat16()
+for name in speed_study.RUNGS[speed_study.RUNGS.index("a row a lane") :]:
+    speed_study.RIVALS[name].route(x, y, 4)
+    print(name)
+"""
+
+
+def test_rungs_of_lanes_compile_without_a_gpu():
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    run = subprocess.run([sys.executable, "-c", COMPILE_RUNGS], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == speed.RUNGS[speed.RUNGS.index("a row a lane") :]
 
 
 def test_a_table_that_cannot_be_measured_keeps_no_other_from_it(no_tables, monkeypatch):
