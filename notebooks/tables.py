@@ -29,10 +29,12 @@ def setting():
     for path in sorted((REPOSITORY / "omni_kernels").glob("*.py")):
         source.update(path.read_bytes())
     command = ["git", "-C", str(REPOSITORY), "rev-parse", "--short=12", "HEAD"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = os.environ.get("OMNI_COMMIT", "unknown")  # a copy without its history
+    commit = os.environ.get("OMNI_COMMIT")  # of what this is a copy, where its own history would not tell
+    if not commit:
+        try:
+            commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            commit = "unknown"
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "torch": torch.__version__,

@@ -198,9 +198,9 @@ def _candidates_of_tile(row, skip, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K:
         CHUNK_BITS: tl.constexpr = _bit_length(TILE_N // CHUNK - 1) if HALVED else INDEX_BITS
         maxima = _keys_of_maxima(row, DTYPE, TILE_N, CHUNK, VECTOR, CHUNK_BITS, FP64)
         if HALVED:
-            chunks = _best_of_groups(maxima, K + 2, GROUP, True, FP64)
-            doubt = _same_bits(chunks, K, CHUNK_BITS)
-            chunks = chunks[: K + 1]
+            chunks = _best_of_groups(maxima, K + 1, GROUP, True, FP64)
+            doubt = ((chunks[K - 1] ^ chunks[K]) >> CHUNK_BITS == 0).to(tl.int32)
+            chunks = chunks[:K]
         else:  # their order does not matter
             LAST: tl.constexpr = (len(maxima) - 1) // GROUP * GROUP
             chunks = sort(maxima[LAST:], True, FP64)[:K]
@@ -223,26 +223,21 @@ def _gcd(a, b):
 
 
 @triton.jit
-def _same_bits(keys, K: tl.constexpr, INDEX_BITS: tl.constexpr):
-    """Whether the K-th key and the two after it are the same above INDEX_BITS."""
-    return (((keys[K - 1] ^ keys[K]) | (keys[K] ^ keys[K + 1])) >> INDEX_BITS == 0).to(tl.int32)
-
-
-@triton.jit
-def _exact_keys(best, row, doubt, DTYPE: tl.constexpr, NUM_COLUMNS: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+def _exact_keys(best, row, doubt, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
                 VECTOR: tl.constexpr, INDEX_BITS: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
-    """The 64-bit keys of the K best of a row of fp32 logits, descending, from 32-bit keys of the K + 2 best or all.
+    """The 64-bit keys of the K best of a tile of fp32 logits, descending, from 32-bit keys of the K + 2 best or all.
 
     Those hold only the upper bits of a value. The K + 1 best of them are sorted again by all bits: the K best are among
     these, unless one more has the same upper bits as the K-th. Then, and where the choice of chunks is in doubt, all
-    columns are sorted by all bits, if any logit of the row has lower bits at all.
+    columns are sorted by all bits, if any logit of the tile has lower bits at all.
     """
     if len(best) == K + 2:
-        doubt = doubt | _same_bits(best, K, INDEX_BITS)
+        same = ((best[K - 1] ^ best[K]) | (best[K] ^ best[K + 1])) >> INDEX_BITS == 0
+        doubt = doubt | same.to(tl.int32)
     exact = ()
     for rank in tl.static_range(min(K + 1, len(best))):
         column = unpack(best[rank], INDEX_BITS)[1]
-        value = load_words(row + column.to(tl.int64) * 4, 0, 1)[0].to(tl.float32, bitcast=True)
+        value = load_words(row + (column * 4).to(row.dtype), 0, 1)[0].to(tl.float32, bitcast=True)
         exact = exact + _keys((value,), column, 32, True, FP64)
     for again in tl.static_range(2):  # neighbours seldom change places, and hardly ever more than two of them
         turned = doubt != doubt
@@ -253,26 +248,24 @@ def _exact_keys(best, row, doubt, DTYPE: tl.constexpr, NUM_COLUMNS: tl.constexpr
     exact = exact[:K]
 
     lower = tl.zeros_like(doubt)
-    TOGETHER: tl.constexpr = VECTOR * _gcd(NUM_COLUMNS * 4 // VECTOR, 8)
-    for start in tl.range(0, tl.max(doubt, 0) * NUM_COLUMNS * 4, TOGETHER):
-        for offset in tl.static_range(0, TOGETHER, VECTOR):
-            words = load_words(row + start, offset, VECTOR // 4)
-            for i in tl.static_range(len(words)):
-                lower = lower | words[i]
+    for start in tl.range(0, tl.max(doubt, 0) * TILE_N * 4, VECTOR):
+        words = load_words(row + start, 0, VECTOR // 4)
+        for i in tl.static_range(len(words)):
+            lower = lower | words[i]
     doubt = ((doubt != 0) & (lower & ((1 << INDEX_BITS) - 1) != 0)).to(tl.int32)
     for _ in tl.range(tl.max(doubt, 0)):
-        exact = _sorted_top(row, DTYPE, NUM_COLUMNS, K, _gcd(NUM_COLUMNS, GROUP), VECTOR, FP64)
+        exact = _sorted_top(row, DTYPE, TILE_N, K, _gcd(TILE_N, GROUP), VECTOR, FP64)
     return exact
 
 
 @triton.jit
-def _sorted_top(row, DTYPE: tl.constexpr, NUM_COLUMNS: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+def _sorted_top(row, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
                 VECTOR: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
-    """The 64-bit keys of the K best of a row of fp32 logits, in little code."""
+    """The 64-bit keys of the K best of a tile of fp32 logits, in little code."""
     best = ()
     for _rank in tl.static_range(K):
-        best = best + (lowest(row, FP64),)
-    for group in tl.range(NUM_COLUMNS // GROUP):
+        best = best + (lowest(tl.zeros_like(row).to(tl.int64), FP64),)
+    for group in tl.range(TILE_N // GROUP):
         start = hide(tl.zeros_like(row).to(tl.int32) + group * GROUP)
         keys = ()
         for offset in tl.static_range(0, GROUP * 4, VECTOR):
@@ -517,10 +510,7 @@ def lanes_kernel(
     RAGGED: tl.constexpr = LANES // 2 * SEGMENT != NUM_EXPERT_SQRT
     first_column = tl.minimum(lane % LANES // 2 * SEGMENT, NUM_EXPERT_SQRT - SEGMENT)
     skip = lane % LANES // 2 * SEGMENT - first_column
-    # Where 32-bit keys do for fp32 logits, nearly always, two more than K are listed to tell.
-    SORT_BITS: tl.constexpr = _bit_length(NUM_EXPERT_SQRT - 1) if HALVED else INDEX_BITS
-    LISTED: tl.constexpr = min(K + 2, NUM_EXPERT_SQRT) if HALVED else RANKS
-    OWN: tl.constexpr = min(LISTED, SEGMENT)
+    OWN: tl.constexpr = min(RANKS, SEGMENT)
     TILES: tl.constexpr = SEGMENT // max(TILE_N, 1)
 
     tokens = tl.program_id(0).to(tl.int64) * (TILE_M // LANES) + lane // LANES
@@ -535,9 +525,12 @@ def lanes_kernel(
             PITCH: tl.constexpr = (TILE_N * BYTES // VECTOR + 1 - TILE_N * BYTES // VECTOR % 2) * VECTOR
             buffer = allocate_rows(lane, TILE_M * PITCH) + lane // 32 * (32 * PITCH)
             copy_rows(buffer, segment, (lane >= 0).to(tl.int32), TILE_N * BYTES, VECTOR, PITCH)
-        best, doubt = (), tl.zeros_like(lane)
+        # Where 32-bit keys do for fp32 logits, nearly always, two more than K tell.
+        SORT_BITS: tl.constexpr = _bit_length(TILE_N - 1) if HALVED else INDEX_BITS
+        LISTED: tl.constexpr = min(OWN + 2, TILE_N) if HALVED else OWN
+        best = ()
         for _rank in tl.static_range(OWN):
-            best = best + (lowest(lane.to(tl.int64) if SORT_BITS == 32 else lane, FP64),)
+            best = best + (lowest(lane.to(tl.int64) if INDEX_BITS == 32 else lane, FP64),)
         for step in tl.range(TILES):
             # Hidden, or LLVM would count the columns in 64 bits, and sort keys of 64 bits to subtract them from.
             column = hide(lane * 0 + step * TILE_N)
@@ -545,14 +538,17 @@ def lanes_kernel(
             if STAGED:
                 wait_for_rows(lane)
                 row = buffer + lane % 32 * PITCH
-            keys, doubtful = _candidates_of_tile(
-                row, skip - column, DTYPE, TILE_N, min(RANKS, SEGMENT), GROUP, CHUNK, VECTOR, SORT_BITS, RAGGED, FP64
+            keys, doubt = _candidates_of_tile(
+                row, skip - column, DTYPE, TILE_N, OWN, GROUP, CHUNK, VECTOR, SORT_BITS, RAGGED, FP64
             )  # fmt: skip
-            doubt = doubt | doubtful
+            if HALVED:  # reads the tile again, so the next one has to wait
+                more = _best_of_groups(keys, LISTED, GROUP, NVIDIA, FP64)
+                more = _exact_keys(more, row, doubt, DTYPE, TILE_N, OWN, GROUP, VECTOR, SORT_BITS, FP64)
             if STAGED:
                 wanted = (lane * 0 + step + 1 < TILES).to(tl.int32)
                 copy_rows(buffer, segment + (column + TILE_N) * BYTES, wanted, TILE_N * BYTES, VECTOR, PITCH)
-            more = _best_of_groups(keys, OWN, GROUP, NVIDIA, FP64)
+            if not HALVED:
+                more = _best_of_groups(keys, OWN, GROUP, NVIDIA, FP64)
             if TILES == 1:
                 best = more
             else:
@@ -561,21 +557,13 @@ def lanes_kernel(
             best = _shift(best, first_column, FP64)
     else:
         best = _top_of_strided_segment(
-            row_ptrs, stride_n, first_column, skip, SEGMENT, OWN, GROUP, SORT_BITS, RAGGED, NVIDIA, FP64
+            row_ptrs, stride_n, first_column, skip, SEGMENT, OWN, GROUP, INDEX_BITS, RAGGED, NVIDIA, FP64
         )  # fmt: skip
     for level in tl.static_range(1, 5):
         if LANES > 1 << level:
             best = merge_best(
-                best, partners(best, 1 << level, NVIDIA), min(LISTED, 2 * len(best)), NVIDIA, FP64
+                best, partners(best, 1 << level, NVIDIA), min(RANKS, 2 * len(best)), NVIDIA, FP64
             )  # fmt: skip
-    if HALVED:
-        for level in tl.static_range(1, 5):
-            if LANES > 1 << level:
-                doubt = doubt | partner(doubt, 1 << level, NVIDIA)
-        best = _exact_keys(
-            best, row_ptrs.to(tl.int64), doubt, DTYPE, NUM_EXPERT_SQRT, RANKS, GROUP, VECTOR, SORT_BITS, FP64
-        )  # fmt: skip
-
     # Each lane looks at one of the two ways they may meet; its NaN reaches the other lane with its values.
     first, last = unpack(best[0], INDEX_BITS, FP64)[0], unpack(best[RANKS - 1], INDEX_BITS, FP64)[0]
     widest = first + partner(last, 1, NVIDIA)
@@ -688,6 +676,7 @@ def _constants(num_expert_sqrt, k, dtype, alignment, fp64, lanes):
             chunk = 1 if ragged else next(chunks, 1)
             reading = {"SEGMENT": segment, "TILE_N": tile_n, "CHUNK": chunk, "VECTOR": vector}
             staged, halved = segment * itemsize >= STAGED_BYTES, dtype == torch.float32 and not ragged
+    index_bits = INDEX_BITS[dtype] if num_expert_sqrt <= 1 << INDEX_BITS[dtype] else 32
     # A pair's sum may share 32 bits with row and rank where that leaves it the bits that sums of such logits have.
     ranks = min(k, num_expert_sqrt)
     sum_bits = 23 - (num_expert_sqrt - 1).bit_length() - (ranks - 1).bit_length()
@@ -698,7 +687,7 @@ def _constants(num_expert_sqrt, k, dtype, alignment, fp64, lanes):
     return {
         "NUM_EXPERT_SQRT": num_expert_sqrt, "K": k, "SIDE": min(math.isqrt(k), num_expert_sqrt), "LANES": lanes,
         "GROUP": min(32, max(8, 1 << (min(k, num_expert_sqrt) - 1).bit_length())), "TILE_M": tile_m, **reading,
-        "STAGED": staged, "HALVED": halved, "NARROW": narrow, "INDEX_BITS": INDEX_BITS[dtype], "ROW_BITS": _row_bits(k),
+        "STAGED": staged, "HALVED": halved, "NARROW": narrow, "INDEX_BITS": index_bits, "ROW_BITS": _row_bits(k),
         "NVIDIA": not interpreting(), "FP64": fp64, "num_warps": 1 if interpreting() else tile_m // 32,
     }  # fmt: skip
 

@@ -112,13 +112,19 @@ def _kinds(n, finfo, generator):
     yield normal(), normal()  # an ordinary neighbour
 
 
-def close_logits(num_expert_sqrt, k, device="cpu", repeats=4):
+def close_logits(num_expert_sqrt, k, device="cpu", repeats=1, apart=16):
     """fp32 logits of which some differ in their lowest bits alone: all, two or four about the k-th best, or the k best;
-    and logits with ties about the k-th best but no lower bits at all."""
+    and logits with ties about the k-th best but no lower bits at all. Every `apart`-th token has one such factor, since
+    what a kernel repairs for one token of a warp it may repair for all."""
     generator = torch.Generator().manual_seed(k)
 
-    def row(kind, sign):
+    def row(kind, spread, sign):
         ranks = torch.randperm(num_expert_sqrt, generator=generator)
+        if spread:  # the best k + 2 as far from each other as can be
+            num_best = min(k + 2, num_expert_sqrt)
+            best = torch.randperm(num_best, generator=generator) * (num_expert_sqrt // num_best)
+            columns = torch.cat((best, ranks[~torch.isin(ranks, best)]))
+            ranks[columns] = torch.arange(num_expert_sqrt)
         values = -1.0 - ranks if sign < 0 else float(num_expert_sqrt) - ranks
         first, last = {"all": (0, num_expert_sqrt), "two": (k - 1, k), "best": (0, k - 1)}.get(kind, (k - 2, k + 1))
         close = (ranks >= first) & (ranks <= last)
@@ -126,9 +132,14 @@ def close_logits(num_expert_sqrt, k, device="cpu", repeats=4):
         steps = torch.randint(8, ranks.shape, generator=generator, dtype=torch.int32) * close
         return values if kind == "ties" else (values.view(torch.int32) + steps).view(torch.float32)
 
-    kinds = [(kind, sign) for kind in ("all", "two", "four", "best", "ties") for sign in (1, -1)] * repeats
-    shuffled = [kinds[i] for i in torch.randperm(len(kinds), generator=generator)]
-    return tuple(torch.stack([row(*kind) for kind in side]).to(device) for side in (kinds, shuffled))
+    kinds = [(kind, False) for kind in ("all", "two", "four", "best", "ties")] + [("two", True), ("four", True)]
+    rows = [row(*kind, sign) for _ in range(repeats) for kind in kinds for sign in (1, -1)]
+    x, y = torch.randint(-100, 101, (2, len(rows) * apart, num_expert_sqrt), generator=generator) / 32
+    for i, close in enumerate(rows):
+        side = (i + i // 2) % 2
+        (x, y)[side][i * apart] = close
+        (y, x)[side][i * apart, 1:] = -4 * num_expert_sqrt  # one left: the k best of this one decide
+    return x.to(device), y.to(device)
 
 
 def layouts(logits):

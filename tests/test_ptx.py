@@ -127,17 +127,22 @@ def run_kernel(program, tokens_per_warp, x, y, k):
 
 
 def logits_of(case, tokens_per_warp):
-    """Warps of tokens whose sums have few bits, then of every kind, the largest logits last, so that few have extremes."""
+    """Warps of tokens whose sums have few bits, then tokens of every kind, the largest logits last, so that not
+    all warps have any."""
     x, y = adversarial_logits(case.num_expert_sqrt, case.dtype, repeats=2)
-    if case.dtype == FP32:
-        close = close_logits(case.num_expert_sqrt, case.k, repeats=4 if case.lanes else 1)
-        x, y = (torch.cat(parts) for parts in zip((x, y), close, strict=True))
     order = (x.float().abs() + y.float().abs()).nan_to_num(INF).amax(1).argsort(stable=True)
-    # An odd number, and few where they are slow.
-    order = order[:5] if case.k > 100 else order[1:]
+    order = order[:5] if case.k > 100 else order[1:]  # an odd number, and few where they are slow
     generator = torch.Generator().manual_seed(0)
-    short = torch.randint(-100, 101, (2, 2 * tokens_per_warp, case.num_expert_sqrt), generator=generator) / 32
-    x, y = (torch.cat((part.to(case.dtype), rest[order])) for part, rest in zip(short, (x, y), strict=True))
+    short = torch.randint(-100, 101, (2, 3 * tokens_per_warp, case.num_expert_sqrt), generator=generator) / 32
+    # In a warp each, sums that are equal though their rows are not: infinite, or rounded.
+    if case.lanes:
+        short[1, 0, 0] = INF
+    parts = [short.to(case.dtype), (x[order], y[order])]
+    if case.dtype == FP32 and case.k <= 100:
+        rounded = short[0, tokens_per_warp]
+        rounded[:2], rounded[-1] = torch.tensor([3.25, 3.5]), 3.25 + 2.0**-22
+        parts.insert(1, close_logits(case.num_expert_sqrt, case.k, apart=tokens_per_warp if case.lanes else 1))
+    x, y = (torch.cat(factor) for factor in zip(*parts, strict=True))
     return (x, y) if case.alignment else (x.t().contiguous().t(), y.t().contiguous().t())
 
 
