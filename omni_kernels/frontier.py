@@ -72,7 +72,7 @@ def _merge_lists(heads, target, shared_target, RANKS: tl.constexpr, STEP: tl.con
     """Write the RANKS best keys of sorted lists, to private and to shared memory.
 
     heads: where each list starts in private memory; each ends with the lowest key. Returns the smallest step between
-    unequal neighbours of the merged list.
+    unequal neighbours of the merged list, and the largest magnitude in it that is not infinite.
     """
     WIDE: tl.constexpr = INDEX_BITS == 32
     BYTES: tl.constexpr = 8 if WIDE else 4
@@ -81,13 +81,14 @@ def _merge_lists(heads, target, shared_target, RANKS: tl.constexpr, STEP: tl.con
         keys = keys + (load_private(heads[i], WIDE),)
     least = lowest(keys[0], FP64)
     previous = tl.full(shared_target.shape, float("inf"), tl.float32)
-    smallest_step = previous
+    smallest_step, largest = previous, tl.zeros_like(previous)
     for rank in tl.range(RANKS):
         best = _best(keys, FP64)
         store_private(target + rank * BYTES, best)
         store_shared(shared_target + rank * STEP, best, BYTES * 8, writes)
         value = unpack(best, INDEX_BITS, FP64)[0]
         smallest_step = tl.where(previous > value, tl.minimum(smallest_step, previous - value), smallest_step)
+        largest = tl.where(tl.abs(value) < float("inf"), tl.maximum(largest, tl.abs(value)), largest)
         previous = value
         taken, moves = heads[0], ()
         for i in tl.static_range(len(heads)):
@@ -99,7 +100,7 @@ def _merge_lists(heads, target, shared_target, RANKS: tl.constexpr, STEP: tl.con
             next_keys = next_keys + (tl.where(moves[i], following, keys[i]),)
             next_heads = next_heads + (tl.where(moves[i], heads[i] + BYTES, heads[i]),)
         keys, heads = next_keys, next_heads
-    return smallest_step
+    return smallest_step, largest
 
 
 @triton.jit
@@ -172,6 +173,7 @@ def frontier_kernel(
     counters = lists + RANKS * STEP + tl.arange(0, 32)
 
     smallest_step = tl.full((32,), 0.0, tl.float32)
+    largest = smallest_step
     for tile in tl.range(TILES):
         for piece in tl.range(PIECES):
             # The last pieces begin early where they would not fit, and skip what others have read.
@@ -194,7 +196,7 @@ def frontier_kernel(
         heads = (source,) if TILES > 1 else ()
         for piece in tl.static_range(PIECES):
             heads = heads + (private + piece * PITCH,)
-        smallest_step = _merge_lists(
+        smallest_step, largest = _merge_lists(
             heads, target, lists + lane * KEY_BYTES, RANKS, STEP, INDEX_BITS, FP64, writes
         )  # fmt: skip
         source, target = target, source
@@ -208,10 +210,12 @@ def frontier_kernel(
     poison = tl.where(
         (first_x + last_y == first_x + last_y) & (first_y + last_x == first_y + last_x), 0.0, float("nan")
     )
-    # Two sums of one column can only round to the same if the step between their rows is below the sums' last bit.
-    largest = tl.maximum(tl.abs(first_x), tl.abs(last_x)) + tl.maximum(tl.abs(first_y), tl.abs(last_y))
+    # Two sums of one column can only round to the same if the step between their rows is below the sums' last bit, or
+    # if they are infinite. (Which -inf pairs are selected, `fill_masked` decides.)
     step_x = tl.where(odd, partner(smallest_step, 1, True), smallest_step)
-    by_rows = tl.max(tl.where((step_x > largest * 2.0**-22) & (poison == 0.0), 0, 1), 0)
+    exact = step_x > (largest + partner(largest, 1, True)) * 2.0**-22
+    exact &= (poison == 0.0) & (first_x < float("inf")) & (first_y < float("inf"))
+    by_rows = tl.max(tl.where(exact, 0, 1), 0)
 
     pairs = out + lane // 2 * OUT_PITCH
     num_finite = tl.zeros_like(lane)

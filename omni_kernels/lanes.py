@@ -54,7 +54,7 @@ MANY_LANES = 16  # of a token, where there are few tokens
 WARPS_OF_FEW_TOKENS = 3  # that a scheduler gets, at N = 256, before two lanes a token are faster
 STAGED_BYTES = 128  # of a row a lane; fewer are read straight from global memory
 
-_compiled = set()  # the problems whose kernels are
+_compiled = set()  # the problems whose kernels are, both
 
 
 @triton.jit
@@ -618,7 +618,7 @@ def lanes_forward(router_logits_x, router_logits_y, num_experts_per_token, score
 
     Args:
         router_logits_x, router_logits_y: (num_tokens, N), fp32, fp16 or bf16, on an NVIDIA GPU from Ampere on (or on
-            the CPU under Triton's interpreter), at least one token, N at most MAX_EXPERT_SQRT. Any strides, but rows
+            the CPU under Triton's interpreter), at least one token, N as far as `runs_on` says. Any strides, but rows
             that are not contiguous, 4-byte aligned and a multiple of a tile long are read one logit at a time.
         num_experts_per_token: k, from 1 to MAX_EXPERTS_PER_TOKEN.
         scores_dtype: fp32, fp16 or bf16.
