@@ -13,7 +13,7 @@ its tokens, so nothing needs them:
 
 All add in slot order, starting from zero, so all give the bits of the sequential loop they stand for.
 
-Triton has no addressed access to shared memory, so the first kernel brings the PTX instructions it needs.
+Triton has no addressed access to shared memory, so the first kernel uses PTX instructions for it, as words.py does.
 """
 
 import functools
@@ -23,26 +23,13 @@ import triton
 import triton.language as tl
 
 from .configs import device_of, interpreting, kernel_input, output_dtype
+from .words import allocate_rows, sync_warp
 
 ROW_WORDS = 4096  # sums a warp holds in shared memory at once, of both factors: 16 KiB let 13 warps share an SM
 MAX_TILE_M = 16  # tokens of a warp: a lane for each of their rows
 MAX_TILE_K = 64  # slots of a token staged at once
 SCATTER_TILES = {"TILE_M": 32, "TILE_K": 16, "TILE_N": 128}
 DENSE_TILES = {"TILE_M": 32, "TILE_N": 64}
-
-
-@triton.jit
-def _allocate(like, BYTES: tl.constexpr):
-    """Shared memory for this program: its address, a scalar if `like` is one."""
-    return tl.inline_asm_elementwise(
-        f"{{ .shared .align 16 .b8 rows[{BYTES}]; mov.u32 $0, rows; }}", "=r,r", [like], tl.int32, False, 1
-    )
-
-
-@triton.jit
-def _sync_warp(like):
-    """What any lane of the warp stored in shared memory is visible to all."""
-    tl.inline_asm_elementwise("bar.warp.sync 0xffffffff; mov.u32 $0, 0;", "=r,r", [like], tl.int32, False, 1)
 
 
 @triton.jit
@@ -132,7 +119,7 @@ def shared_kernel(
     ROWS: tl.constexpr = TILE_M * TILE_N * 4
     SLOTS: tl.constexpr = (2 * ROWS + 511) // 512 * 512
     PITCH: tl.constexpr = (TILE_K + 4) * 4
-    buffer = _allocate(num_rows, SLOTS + 3 * TILE_M * PITCH)
+    buffer = allocate_rows(num_rows, SLOTS + 3 * TILE_M * PITCH)
 
     # A lane adds to one row: lane r to row r of x, lane TILE_M + r to row r of y.
     own_row = buffer + lane * (TILE_N * 4)
@@ -148,11 +135,11 @@ def shared_kernel(
     for step in tl.static_range(SLOTS // 512):
         _store_zeros(buffer + lane * 16, step * 512)
     for start in range(TILE_K, num_experts_per_token + TILE_K, TILE_K):
-        _sync_warp(lane)  # the slots before these have been added
+        sync_warp(lane)  # the slots before these have been added
         _store_word(place, grad.to(tl.float32).to(tl.int32, bitcast=True))
         _store_word(place + TILE_M * PITCH, (experts // NUM_EXPERT_SQRT - first_column) * 4)
         _store_word(place + 2 * TILE_M * PITCH, (experts % NUM_EXPERT_SQRT - first_column) * 4)
-        _sync_warp(lane)
+        sync_warp(lane)
         mask = (rows < num_rows) & (start + slots < num_experts_per_token)
         grad = tl.load(grad_ptrs + start.to(tl.int64) * stride_gk, mask=mask, other=0.0)  # while these are added
         experts = tl.load(indices_ptrs + start, mask=mask, other=0)
@@ -166,7 +153,7 @@ def shared_kernel(
                     mine = mine & (offset >= 0) & (offset < TILE_N * 4)
                 addresses, masks = addresses + (own_row + offset,), masks + (mine,)
             _add_in_order(addresses, values, masks)
-    _sync_warp(lane)
+    sync_warp(lane)
 
     # Rows of neighbouring tokens are neighbours in memory too, so a tile of whole rows is one piece.
     start = first_token * NUM_EXPERT_SQRT + first_column
