@@ -16,13 +16,11 @@ All add in slot order, starting from zero, so all give the bits of the sequentia
 Triton has no addressed access to shared memory, so the first kernel uses PTX instructions for it, as words.py does.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
-from .configs import device_of, interpreting, kernel_input, output_dtype
+from .configs import device_of, interpreting, kernel_input, on_nvidia, output_dtype
 from .words import allocate_rows, sync_warp
 
 ROW_WORDS = 4096  # sums a warp holds in shared memory at once, of both factors: 16 KiB let 13 warps share an SM
@@ -272,8 +270,6 @@ def shared_tiles(num_expert_sqrt, k):
     return {"TILE_M": tile_m, "TILE_K": tile_k, "TILE_N": min(num_expert_sqrt, ROW_WORDS // 2)}
 
 
-@functools.cache
 def _runs_ptx(device):
     """Whether shared_kernel runs on a device: NVIDIA GPUs from Ampere on."""
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    return nvidia and not interpreting() and torch.cuda.get_device_capability(device) >= (8, 0)
+    return not interpreting() and on_nvidia(device)

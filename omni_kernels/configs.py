@@ -64,6 +64,13 @@ def interpreting():
     return triton.knobs.runtime.interpret
 
 
+@functools.cache
+def on_nvidia(device):
+    """Whether a device is an NVIDIA GPU that copies to shared memory on the side: from Ampere on."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def has_kernels(tensor):
     """Whether Triton kernels can run on this tensor's device."""
     return tensor.is_cuda or interpreting()

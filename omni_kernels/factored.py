@@ -14,7 +14,7 @@ import triton.language as tl
 
 from . import frontier, lanes, reference
 from .configs import device_of, interpreting, kernel_input, output_dtype
-from .keys import INDEX_BITS, LOWEST_KEY, pack, unpack
+from .keys import LOWEST_KEY, index_bits, pack, unpack
 
 MAX_EXPERTS_PER_TOKEN = 64
 MAX_TILE = 256  # columns sorted at once; longer rows are streamed
@@ -164,7 +164,6 @@ def factored_forward(router_logits_x, router_logits_y, num_experts_per_token, sc
     indices = torch.empty((num_tokens, k), dtype=torch.int32, device=device)
     tile_k = max(2, triton.next_power_of_2(k))  # Triton 3.6 has no tl.topk of one
     tile_n = min(MAX_TILE, max(tile_k, triton.next_power_of_2(num_expert_sqrt)))
-    index_bits = INDEX_BITS[x.dtype] if num_expert_sqrt + tile_n <= 1 << INDEX_BITS[x.dtype] else 32
     num_candidates = max(tile_k, triton.next_power_of_2(sum(k // rank for rank in range(1, k + 1))))
     chunk = max(1, min(4, tile_n // tile_k // 4))  # sorting the maxima must leave little to sort again
     tile_m = triton.next_power_of_2(num_tokens) if interpreting() else 1
@@ -172,7 +171,8 @@ def factored_forward(router_logits_x, router_logits_y, num_experts_per_token, sc
         factored_kernel[(triton.cdiv(num_tokens, tile_m),)](
             x, y, scores, indices, *x.stride(), *y.stride(), num_tokens, num_expert_sqrt,
             K=k, TILE_M=tile_m, TILE_N=tile_n, TILE_K=tile_k, CHUNK=chunk,
-            INDEX_BITS=index_bits, STREAMED=num_expert_sqrt > tile_n, NUM_CANDIDATES=num_candidates,
+            INDEX_BITS=index_bits(x.dtype, num_expert_sqrt + tile_n), STREAMED=num_expert_sqrt > tile_n,
+            NUM_CANDIDATES=num_candidates,
             SIDE=math.isqrt(k), num_warps=1,
         )  # fmt: skip
     return scores.to(scores_dtype), indices

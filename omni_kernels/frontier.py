@@ -23,15 +23,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import device_of, interpreting
-from .keys import INDEX_BITS, pack_wide, unpack, unpack_wide
+from .configs import device_of, interpreting, on_nvidia
+from .keys import index_bits, pack_wide, unpack, unpack_wide
 from .lanes import (
     compares_doubles,
     fill_masked,
     keys_of_bytes,
     keys_of_strided,
     lowest,
-    on_nvidia,
     row_alignment,
     skip_first,
 )
@@ -111,7 +110,7 @@ def _pair(x_list, y_list, rank_x, rank_y, poison, K: tl.constexpr, RANKS: tl.con
     value_x, row = unpack(
         load_shared(x_list + tl.minimum(rank_x, RANKS - 1) * STEP, INDEX_BITS == 32), INDEX_BITS, FP64
     )
-    value_y, _ = unpack(load_shared(y_list + tl.minimum(rank_y, RANKS - 1) * STEP, INDEX_BITS == 32), INDEX_BITS, FP64)
+    value_y = _value(y_list + tl.minimum(rank_y, RANKS - 1) * STEP, INDEX_BITS, FP64)
     low = ((0x7FFF - row) << 16) | ((255 - rank_y) << 8) | (255 - rank_x)
     key = pack_wide(value_x + value_y + poison, low, True, FP64)
     return tl.where(inside, key, lowest(key, FP64))
@@ -310,15 +309,15 @@ def _constants(num_expert_sqrt, k, dtype, alignment, fp64):
     row = num_expert_sqrt * dtype.itemsize
     piece = min(PIECE, num_expert_sqrt)
     vector = min(alignment, row & -row, piece * dtype.itemsize & -(piece * dtype.itemsize))
-    index_bits = INDEX_BITS[dtype] if num_expert_sqrt <= 1 << INDEX_BITS[dtype] else 32
+    bits = index_bits(dtype, num_expert_sqrt)
     ranks = min(k, num_expert_sqrt)
-    token_bytes = (k + 1) * 8 + ranks * (16 if index_bits == 32 else 8)
+    token_bytes = (k + 1) * 8 + ranks * (16 if bits == 32 else 8)
     return {
         "NUM_EXPERT_SQRT": num_expert_sqrt, "K": k, "SIDE": min(math.isqrt(k), num_expert_sqrt),
         "TOKENS": next(tokens for tokens in (16, 8, 4) if tokens * token_bytes + ranks * 32 <= SHARED_BYTES),
         "PIECE": piece,
         "PIECES": min(PIECES, -(-num_expert_sqrt // piece)), "VECTOR": vector if vector >= 4 else 0,
-        "INDEX_BITS": index_bits, "FP64": fp64,
+        "INDEX_BITS": bits, "FP64": fp64,
     }  # fmt: skip
 
 

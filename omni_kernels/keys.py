@@ -13,6 +13,12 @@ import triton.language as tl
 # How many low bits of a logit's fp32 pattern are free to hold an index; 32: none, the index needs a word of its own.
 INDEX_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 32}
 
+
+def index_bits(dtype, count):
+    """How many bits the index of one of `count` logits takes in its key: those that are free if they do, else 32."""
+    return INDEX_BITS[dtype] if count <= 1 << INDEX_BITS[dtype] else 32
+
+
 LOWEST_KEY = tl.constexpr(-(1 << 63))  # below every packed key: what padding sorts as
 
 

@@ -26,8 +26,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import device_of, interpreting, kernel_input, output_dtype
-from .keys import INDEX_BITS, float_to_key, pack, pack_wide, unpack, unpack_wide
+from .configs import device_of, interpreting, kernel_input, on_nvidia, output_dtype
+from .keys import float_to_key, index_bits, pack, pack_wide, unpack, unpack_wide
 from .networks import best_of, bitonic, exchange, is_less, merge, merge_best, sort
 from .words import (
     allocate_rows,
@@ -676,7 +676,6 @@ def _constants(num_expert_sqrt, k, dtype, alignment, fp64, lanes):
             chunk = 1 if ragged else next(chunks, 1)
             reading = {"SEGMENT": segment, "TILE_N": tile_n, "CHUNK": chunk, "VECTOR": vector}
             staged, halved = segment * itemsize >= STAGED_BYTES, dtype == torch.float32 and not ragged
-    index_bits = INDEX_BITS[dtype] if num_expert_sqrt <= 1 << INDEX_BITS[dtype] else 32
     # A pair's sum may share 32 bits with row and rank where that leaves it the bits that sums of such logits have.
     ranks = min(k, num_expert_sqrt)
     sum_bits = 23 - (num_expert_sqrt - 1).bit_length() - (ranks - 1).bit_length()
@@ -687,7 +686,8 @@ def _constants(num_expert_sqrt, k, dtype, alignment, fp64, lanes):
     return {
         "NUM_EXPERT_SQRT": num_expert_sqrt, "K": k, "SIDE": min(math.isqrt(k), num_expert_sqrt), "LANES": lanes,
         "GROUP": min(32, max(8, 1 << (min(k, num_expert_sqrt) - 1).bit_length())), "TILE_M": tile_m, **reading,
-        "STAGED": staged, "HALVED": halved, "NARROW": narrow, "INDEX_BITS": index_bits, "ROW_BITS": _row_bits(k),
+        "STAGED": staged, "HALVED": halved, "NARROW": narrow,
+        "INDEX_BITS": index_bits(dtype, num_expert_sqrt), "ROW_BITS": _row_bits(k),
         "NVIDIA": not interpreting(), "FP64": fp64, "num_warps": 1 if interpreting() else tile_m // 32,
     }  # fmt: skip
 
@@ -714,13 +714,6 @@ def runs_on(device, num_expert_sqrt, num_experts_per_token):
     """Whether this kernel takes the size, and the device: NVIDIA GPUs from Ampere on, or the interpreter."""
     fits = num_experts_per_token <= MAX_EXPERTS_PER_TOKEN and num_expert_sqrt <= 1 << _row_bits(num_experts_per_token)
     return fits and (interpreting() or on_nvidia(device))
-
-
-@functools.cache
-def on_nvidia(device):
-    """Whether a device is an NVIDIA GPU that copies to shared memory on the side: from Ampere on."""
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    return nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @functools.cache

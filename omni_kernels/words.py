@@ -1,6 +1,6 @@
-"""How a thread that owns a whole row reads and writes it: 16 bytes at a time, staged through shared memory.
+"""How a lane that owns a row, or a part of one, reads and writes it: 16 bytes at a time, staged through shared memory.
 
-Neighbouring threads own neighbouring rows, so their plain loads would touch 32 cache lines at once. Instead the 32
+Neighbouring lanes own neighbouring rows, so their plain loads would touch 32 cache lines at once. Instead the 32
 lanes of a warp copy their 32 rows together (cp.async, coalesced) into shared memory, rows an odd number of vectors
 apart so that reading down the rows meets every bank once. A warp shares its rows with nobody and waits for nobody else.
 
@@ -39,7 +39,7 @@ def copy_rows(buffer, address, wanted, TILE_BYTES: tl.constexpr, VECTOR: tl.cons
     lane = tl.arange(0, buffer.shape[0]) % 32
     PER_ROW: tl.constexpr = TILE_BYTES // VECTOR
     MODE: tl.constexpr = "cg" if VECTOR == 16 else "ca"
-    tl.inline_asm_elementwise("bar.warp.sync 0xffffffff; mov.u32 $0, 0;", "=r,r", [lane], tl.int32, False, 1)
+    sync_warp(lane)
     for step in tl.static_range(PER_ROW):
         vector = step * 32 + lane
         owner, offset = vector // PER_ROW, vector % PER_ROW * VECTOR
