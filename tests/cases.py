@@ -1,6 +1,10 @@
 """What the tests share: adversarial logits, oracles that share no code with the package, the checkers of a result."""
 
 import contextlib
+import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import torch
@@ -18,6 +22,21 @@ BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: 
 
 def dtype_name(dtype):
     return str(dtype).removeprefix("torch.")
+
+
+def compiled_by(file, cache):
+    """What a test file, run as a program, prints as JSON: in a process whose Triton is no interpreter, as compiling
+    needs, and keeps what it compiles in the folder `cache`."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(cache)}
+    run = subprocess.run([sys.executable, file], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def by_magnitude(x, y):
+    """The order of tokens by their largest logits, those with NaN and infinities last."""
+    return (x.float().abs() + y.float().abs()).nan_to_num(INF).amax(1).argsort(stable=True)
 
 
 def case_id(part):

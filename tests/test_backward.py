@@ -5,9 +5,6 @@ shared_kernel is PTX of its own, which the interpreter does not run: without a G
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,6 +16,7 @@ from cases import (
     ON_GPU,
     assert_same_bits,
     case_id,
+    compiled_by,
     dirty_memory,
     dtype_name,
     oracle_backward,
@@ -201,11 +199,7 @@ def compile_case(grad_dtype, dtype, num_expert_sqrt, k, tile_m, tile_k, tile_n):
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return [parse(ptx) for ptx in json.loads(run.stdout)]
+    return [parse(ptx) for ptx in compiled_by(__file__, tmp_path_factory.mktemp("cache"))]
 
 
 @pytest.mark.parametrize("case", range(len(PTX_CASES)), ids=["-".join(map(str, case)) for case in PTX_CASES])

@@ -5,16 +5,15 @@ import collections
 import importlib
 import json
 import multiprocessing
-import os
 import pkgutil
 import re
 import subprocess
-import sys
 import tempfile
 
 import pytest
 import torch
 import triton
+from cases import compiled_by
 from triton.backends.compiler import GPUTarget
 
 import omni_kernels
@@ -121,11 +120,7 @@ def test_every_kernel_is_listed():
 @pytest.fixture(scope="module")
 def binaries(tmp_path_factory):
     """What `python test_compile.py` found, as `compile_kernel` returns it for every case."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    return compiled_by(__file__, tmp_path_factory.mktemp("cache"))
 
 
 def test_every_kernel_compiles_for_every_architecture(binaries):

@@ -5,11 +5,11 @@ import pytest
 import torch
 from cases import (
     DTYPES,
-    INF,
     ON_GPU,
     adversarial_logits,
     assert_routes,
     assert_same_bits,
+    by_magnitude,
     case_id,
     close_logits,
     dirty_memory,
@@ -37,7 +37,7 @@ ON_NVIDIA = pytest.mark.skipif(
 
 def spread(x, y):
     """Tokens in order of magnitude, so that some warps route none that are extreme and some only such."""
-    order = (x.float().abs() + y.float().abs()).nan_to_num(INF).amax(1).argsort()
+    order = by_magnitude(x, y)
     return x[order], y[order]
 
 

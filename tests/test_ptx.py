@@ -3,15 +3,12 @@ Triton is no interpreter, so this file runs itself as a program."""
 
 import json
 import multiprocessing
-import os
-import subprocess
-import sys
 from typing import NamedTuple
 
 import pytest
 import torch
 import triton
-from cases import INF, NAN, adversarial_logits, assert_same_bits, close_logits, dtype_name
+from cases import INF, NAN, adversarial_logits, assert_same_bits, by_magnitude, close_logits, compiled_by, dtype_name
 from ptx import parse, run_warp
 from triton.backends.compiler import GPUTarget
 
@@ -104,11 +101,7 @@ def compile_case(position):
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
     """For every case the parsed program, and how many tokens it routes."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return [(parse(ptx), tokens) for ptx, tokens in json.loads(run.stdout)]
+    return [(parse(ptx), tokens) for ptx, tokens in compiled_by(__file__, tmp_path_factory.mktemp("cache"))]
 
 
 def run_kernel(program, tokens_per_warp, x, y, k):
@@ -130,7 +123,7 @@ def logits_of(case, tokens_per_warp):
     """Warps of tokens whose sums have few bits, then tokens of every kind, the largest logits last, so that not
     all warps have any."""
     x, y = adversarial_logits(case.num_expert_sqrt, case.dtype, repeats=2)
-    order = (x.float().abs() + y.float().abs()).nan_to_num(INF).amax(1).argsort(stable=True)
+    order = by_magnitude(x, y)
     order = order[:5] if case.k > 100 else order[1:]  # an odd number, and few where they are slow
     generator = torch.Generator().manual_seed(0)
     short = torch.randint(-100, 101, (2, 3 * tokens_per_warp, case.num_expert_sqrt), generator=generator) / 32
