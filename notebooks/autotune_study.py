@@ -40,7 +40,6 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
 from omni_kernels import configs, factored, factored_router, forward, frontier, lanes, original, split_forward
-from omni_kernels.keys import INDEX_BITS
 
 Problem = collections.namedtuple("Problem", ["kernel", "tokens", "num_expert_sqrt", "k"])
 KEY = [*Problem._fields, "tile", "num_warps", "num_stages"]  # the columns that say what a row is of
@@ -120,12 +119,13 @@ def launch(problem, config, device, arch):
         tile_n = min(factored.MAX_TILE, triton.next_power_of_2(n))
         candidates = triton.next_power_of_2(sum(k // rank for rank in range(1, k + 1)))
         function, args = factored.factored_kernel, (*logits, n)
-        constants |= {"K": k, "TILE_N": tile_n, "TILE_K": k, "INDEX_BITS": INDEX_BITS[x.dtype], "STREAMED": n > tile_n,
+        constants |= {"K": k, "TILE_N": tile_n, "TILE_K": k, "WIDE_KEYS": False, "STREAMED": n > tile_n,
                       "NUM_CANDIDATES": candidates, "SIDE": math.isqrt(k)}  # fmt: skip
     elif kernel == "lanes":
         function, args = lanes.lanes_kernel, logits
         rule = lanes._constants(n, k, x.dtype, 16, arch in FAST_DOUBLES, constants["LANES"])
-        constants = {**rule, **constants, "TILE_M": 32 * config.num_warps}
+        looped = rule["LOOPED"] and rule["CHUNK"] == constants["CHUNK"]
+        constants = {**rule, **constants, "TILE_M": 32 * config.num_warps, "LOOPED": looped}
     else:
         function, args = frontier.frontier_kernel, logits
         constants = {**frontier._constants(n, k, x.dtype, 16, arch in FAST_DOUBLES), **constants}

@@ -152,7 +152,11 @@ ALL_SUMS, FACTORED, COMPILED = "PyTorch, all N² sums", "PyTorch, factored", "Py
 QUACK, ORIGINAL, OPTIMIZED, OMNI = "QuACK top-k, compiled", "original kernels", "optimized kernels", "omni_router"
 FRONTIER = "frontier kernel"
 
-ONE_WARP = {"TILE_M": 32, "num_warps": 1}  # two lanes a token make it 16 tokens
+# What the later rungs change, the last one first.
+KEPT = {"PRIORITY": "evict_normal"}
+COMPARED = KEPT | {"ADDED": False}
+STRAIGHT = COMPARED | {"LOOPED": False}
+ONE_WARP = STRAIGHT | {"TILE_M": 32, "num_warps": 1}  # two lanes a token make it 16 tokens
 LONG_PAIRS = ONE_WARP | {"NARROW": False}
 
 # In the order of the ladder; the last is none of its rungs. A rung says what is new in it.
@@ -184,12 +188,12 @@ RIVALS = {
         "The same on a public top-k kernel in CuTe, which hides the column in the value's low bits.",
     ),
     "one kernel": Rival(
-        tile_rung(CHUNK=1, INDEX_BITS=32, NUM_CANDIDATES=256),
+        tile_rung(CHUNK=1, WIDE_KEYS=True, NUM_CANDIDATES=256),
         "factored kernels",
         "A warp takes a token from logits to results, nothing is stored in between; room for all k² pairs.",
     ),
     "staircase": Rival(
-        tile_rung(CHUNK=1, INDEX_BITS=32),
+        tile_rung(CHUNK=1, WIDE_KEYS=True),
         "factored kernels",
         "Pairs of ranks with a·b > k cannot win: fewer places to sort.",
     ),
@@ -232,7 +236,20 @@ RIVALS = {
         "A pair's sum, row and rank share 32 bits where the sums leave room for it; where they do not, 64 as before.",
     ),
     "two warps a program": Rival(
-        lanes_rung(), "factored kernels", "They run close together and share the code they fetch."
+        lanes_rung(**STRAIGHT), "factored kernels", "They run close together and share the code they fetch."
+    ),
+    "networks in loops": Rival(
+        lanes_rung(**COMPARED),
+        "factored kernels",
+        "Short code that is fetched once, and begins with a part of a row while the rest is on its way.",
+    ),
+    "minima by sums": Rival(
+        lanes_rung(**KEPT),
+        "factored kernels",
+        "The smaller of two keys is their sum less the larger: multiply-adds, which have a unit of their own.",
+    ),
+    "rows read once": Rival(
+        lanes_rung(), "factored kernels", "What has been read makes room in the cache before anything else."
     ),
     OMNI: Rival(omni_router, "omni_router", "What people call: the kernel it chooses, its checks, and autograd."),
     FRONTIER: Rival(

@@ -22,18 +22,18 @@ MAX_TILE = 256  # columns sorted at once; longer rows are streamed
 
 @triton.jit
 def _top_of_tile(row_ptrs, start, stride_n, num_columns, in_batch, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
-                 CHUNK: tl.constexpr, INDEX_BITS: tl.constexpr):  # fmt: skip
+                 CHUNK: tl.constexpr, KEY: tl.constexpr):  # fmt: skip
     """The keys (value, column) of the TILE_K best among TILE_N columns of each row, best first."""
     columns = (start + tl.arange(0, TILE_N))[None, :]
     mask = in_batch[:, None] & (columns < num_columns)
     values = tl.load(row_ptrs + columns.to(tl.int64) * stride_n, mask=mask, other=0.0).to(tl.float32)
     # Padding keeps its column, below every value's key, so that no two keys are equal.
-    LOWEST: tl.constexpr = -(1 << 63) if INDEX_BITS == 32 else -(1 << 31)
-    INDEX_MASK: tl.constexpr = (1 << min(INDEX_BITS, 31)) - 1
-    keys = pack(values, columns, INDEX_BITS)
+    LOWEST: tl.constexpr = -(1 << 63) if KEY == tl.float32 else -(1 << 31)
+    INDEX_MASK: tl.constexpr = (1 << index_bits(KEY)) - 1
+    keys = pack(values, columns, KEY)
     keys = tl.where(columns < num_columns, keys, tl.full((1, 1), LOWEST, keys.dtype) | (INDEX_MASK - columns))
     if CHUNK > 1:
-        _, column = unpack(tl.topk(_maxima_of_chunks(keys, CHUNK), TILE_K, dim=1), INDEX_BITS)
+        _, column = unpack(tl.topk(_maxima_of_chunks(keys, CHUNK), TILE_K, dim=1), KEY)
         place = (column - start)[:, :, None] // CHUNK * CHUNK + tl.arange(0, CHUNK)[None, None, :]
         keys = tl.gather(keys, tl.reshape(place, (keys.shape[0], TILE_K * CHUNK)), 1)
     return tl.topk(keys, TILE_K, dim=1)
@@ -41,14 +41,14 @@ def _top_of_tile(row_ptrs, start, stride_n, num_columns, in_batch, TILE_N: tl.co
 
 @triton.jit
 def _top_of_rows(row_ptrs, stride_n, num_columns, in_batch, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
-                 CHUNK: tl.constexpr, INDEX_BITS: tl.constexpr, STREAMED: tl.constexpr):  # fmt: skip
+                 CHUNK: tl.constexpr, KEY: tl.constexpr, STREAMED: tl.constexpr):  # fmt: skip
     """The TILE_K best (value, column) of each row, best first."""
-    best = _top_of_tile(row_ptrs, 0, stride_n, num_columns, in_batch, TILE_N, TILE_K, CHUNK, INDEX_BITS)
+    best = _top_of_tile(row_ptrs, 0, stride_n, num_columns, in_batch, TILE_N, TILE_K, CHUNK, KEY)
     if STREAMED:
         for start in range(TILE_N, num_columns, TILE_N):
-            more = _top_of_tile(row_ptrs, start, stride_n, num_columns, in_batch, TILE_N, TILE_K, CHUNK, INDEX_BITS)
+            more = _top_of_tile(row_ptrs, start, stride_n, num_columns, in_batch, TILE_N, TILE_K, CHUNK, KEY)
             best = tl.topk(tl.reshape(tl.join(best, more), (best.shape[0], 2 * TILE_K)), TILE_K, dim=1)
-    return unpack(best, INDEX_BITS)
+    return unpack(best, KEY)
 
 
 @triton.jit
@@ -87,16 +87,17 @@ def factored_kernel(
     stride_xm, stride_xn, stride_ym, stride_yn,
     num_tokens, num_expert_sqrt,
     K: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, CHUNK: tl.constexpr,
-    INDEX_BITS: tl.constexpr, STREAMED: tl.constexpr, NUM_CANDIDATES: tl.constexpr, SIDE: tl.constexpr,
+    WIDE_KEYS: tl.constexpr, STREAMED: tl.constexpr, NUM_CANDIDATES: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
+    KEY: tl.constexpr = tl.float32 if WIDE_KEYS else x_ptr.dtype.element_ty
     tokens = tl.program_id(0).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
     in_batch = tokens < num_tokens
     x_rows, y_rows = x_ptr + (tokens * stride_xm)[:, None], y_ptr + (tokens * stride_ym)[:, None]
     best_x, rows = _top_of_rows(
-        x_rows, stride_xn, num_expert_sqrt, in_batch, TILE_N, TILE_K, CHUNK, INDEX_BITS, STREAMED
+        x_rows, stride_xn, num_expert_sqrt, in_batch, TILE_N, TILE_K, CHUNK, KEY, STREAMED
     )  # fmt: skip
     best_y, columns = _top_of_rows(
-        y_rows, stride_yn, num_expert_sqrt, in_batch, TILE_N, TILE_K, CHUNK, INDEX_BITS, STREAMED
+        y_rows, stride_yn, num_expert_sqrt, in_batch, TILE_N, TILE_K, CHUNK, KEY, STREAMED
     )  # fmt: skip
 
     rank_x, rank_y, is_candidate = _staircase(NUM_CANDIDATES, K, SIDE)
@@ -171,7 +172,7 @@ def factored_forward(router_logits_x, router_logits_y, num_experts_per_token, sc
         factored_kernel[(triton.cdiv(num_tokens, tile_m),)](
             x, y, scores, indices, *x.stride(), *y.stride(), num_tokens, num_expert_sqrt,
             K=k, TILE_M=tile_m, TILE_N=tile_n, TILE_K=tile_k, CHUNK=chunk,
-            INDEX_BITS=index_bits(x.dtype, num_expert_sqrt + tile_n), STREAMED=num_expert_sqrt > tile_n,
+            WIDE_KEYS=False, STREAMED=num_expert_sqrt > tile_n,
             NUM_CANDIDATES=num_candidates,
             SIDE=math.isqrt(k), num_warps=1,
         )  # fmt: skip

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from .configs import device_of, interpreting, on_nvidia
-from .keys import index_bits, pack_wide, unpack, unpack_wide
+from .keys import pack_wide, unpack, unpack_wide
 from .lanes import (
     compares_doubles,
     fill_masked,
@@ -66,14 +66,14 @@ def _best(keys, FP64: tl.constexpr):
 
 
 @triton.jit
-def _merge_lists(heads, target, shared_target, RANKS: tl.constexpr, STEP: tl.constexpr, INDEX_BITS: tl.constexpr,
+def _merge_lists(heads, target, shared_target, RANKS: tl.constexpr, STEP: tl.constexpr, KEY: tl.constexpr,
                  FP64: tl.constexpr, writes):  # fmt: skip
     """Write the RANKS best keys of sorted lists, to private and to shared memory.
 
     heads: where each list starts in private memory; each ends with the lowest key. Returns the smallest step between
     unequal neighbours of the merged list, and the largest magnitude in it that is not infinite.
     """
-    WIDE: tl.constexpr = INDEX_BITS == 32
+    WIDE: tl.constexpr = KEY == tl.float32
     BYTES: tl.constexpr = 8 if WIDE else 4
     keys = ()
     for i in tl.static_range(len(heads)):
@@ -85,7 +85,7 @@ def _merge_lists(heads, target, shared_target, RANKS: tl.constexpr, STEP: tl.con
         best = _best(keys, FP64)
         store_private(target + rank * BYTES, best)
         store_shared(shared_target + rank * STEP, best, BYTES * 8, writes)
-        value = unpack(best, INDEX_BITS, FP64)[0]
+        value = unpack(best, KEY, FP64)[0]
         smallest_step = tl.where(previous > value, tl.minimum(smallest_step, previous - value), smallest_step)
         largest = tl.where(tl.abs(value) < float("inf"), tl.maximum(largest, tl.abs(value)), largest)
         previous = value
@@ -104,22 +104,20 @@ def _merge_lists(heads, target, shared_target, RANKS: tl.constexpr, STEP: tl.con
 
 @triton.jit
 def _pair(x_list, y_list, rank_x, rank_y, poison, K: tl.constexpr, RANKS: tl.constexpr, STEP: tl.constexpr,
-          INDEX_BITS: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
+          KEY: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
     """The key of a pair of ranks, or the lowest key outside the staircase."""
     inside = ((rank_x + 1) * (rank_y + 1) <= K) & (rank_x < RANKS) & (rank_y < RANKS)
-    value_x, row = unpack(
-        load_shared(x_list + tl.minimum(rank_x, RANKS - 1) * STEP, INDEX_BITS == 32), INDEX_BITS, FP64
-    )
-    value_y = _value(y_list + tl.minimum(rank_y, RANKS - 1) * STEP, INDEX_BITS, FP64)
+    value_x, row = unpack(load_shared(x_list + tl.minimum(rank_x, RANKS - 1) * STEP, KEY == tl.float32), KEY, FP64)
+    value_y = _value(y_list + tl.minimum(rank_y, RANKS - 1) * STEP, KEY, FP64)
     low = ((0x7FFF - row) << 16) | ((255 - rank_y) << 8) | (255 - rank_x)
     key = pack_wide(value_x + value_y + poison, low, True, FP64)
     return tl.where(inside, key, lowest(key, FP64))
 
 
 @triton.jit
-def _value(address, INDEX_BITS: tl.constexpr, FP64: tl.constexpr):
+def _value(address, KEY: tl.constexpr, FP64: tl.constexpr):
     """The value of the key at an address of shared memory."""
-    return unpack(load_shared(address, INDEX_BITS == 32), INDEX_BITS, FP64)[0]
+    return unpack(load_shared(address, KEY == tl.float32), KEY, FP64)[0]
 
 
 @triton.jit
@@ -136,7 +134,7 @@ def frontier_kernel(
     num_tokens,
     NUM_EXPERT_SQRT: tl.constexpr, K: tl.constexpr, SIDE: tl.constexpr,
     TOKENS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, VECTOR: tl.constexpr,
-    INDEX_BITS: tl.constexpr, FP64: tl.constexpr,
+    FP64: tl.constexpr,
 ):  # fmt: skip
     RANKS: tl.constexpr = min(K, NUM_EXPERT_SQRT)
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -152,13 +150,13 @@ def frontier_kernel(
     row_ptrs, stride_n = tl.where(odd, y_ptrs, x_ptrs), tl.where(odd, stride_yn, stride_xn)
 
     # Pieces, and between tiles the best so far, are a lane's own business.
-    KEY_BYTES: tl.constexpr = 8 if INDEX_BITS == 32 else 4
+    KEY_BYTES: tl.constexpr = 8 if DTYPE == tl.float32 else 4
     PITCH: tl.constexpr = (PIECE + 1) * KEY_BYTES
     LIST: tl.constexpr = (RANKS + 1) * KEY_BYTES
     TILES: tl.constexpr = (NUM_EXPERT_SQRT + PIECE * PIECES - 1) // (PIECE * PIECES)
     private = allocate_private(lane, PIECES * PITCH + 2 * LIST)
     source, target = private + PIECES * PITCH, private + PIECES * PITCH + LIST
-    least = lowest(tl.zeros_like(lane).to(tl.int64 if INDEX_BITS == 32 else tl.int32), FP64)
+    least = lowest(tl.zeros_like(lane).to(tl.int64 if DTYPE == tl.float32 else tl.int32), FP64)
     for piece in tl.static_range(PIECES):
         store_private(private + piece * PITCH + PIECE * KEY_BYTES, least)
     store_private(source, least)  # nothing is best yet
@@ -183,10 +181,10 @@ def frontier_kernel(
                 for offset in tl.static_range(0, PIECE * BYTES, VECTOR):
                     keys = keys + keys_of_bytes(
                         row_ptrs.to(tl.int64) + start * BYTES, offset, start + offset // BYTES, DTYPE, VECTOR,
-                        INDEX_BITS, FP64,
+                        DTYPE, FP64,
                     )  # fmt: skip
             else:
-                keys = keys_of_strided(row_ptrs, stride_n, start, PIECE, INDEX_BITS, True, FP64)
+                keys = keys_of_strided(row_ptrs, stride_n, start, PIECE, DTYPE, True, FP64)
             if NUM_EXPERT_SQRT % (PIECE * PIECES) != 0:
                 keys = skip_first(keys, wanted - start, FP64)
             keys = sort(keys, True, FP64)
@@ -196,15 +194,15 @@ def frontier_kernel(
         for piece in tl.static_range(PIECES):
             heads = heads + (private + piece * PITCH,)
         smallest_step, largest = _merge_lists(
-            heads, target, lists + lane * KEY_BYTES, RANKS, STEP, INDEX_BITS, FP64, writes
+            heads, target, lists + lane * KEY_BYTES, RANKS, STEP, DTYPE, FP64, writes
         )  # fmt: skip
         source, target = target, source
     sync_warp(lane)
 
     x_list, y_list = lists + (lane & -2) * KEY_BYTES, lists + (lane | 1) * KEY_BYTES
     END: tl.constexpr = (RANKS - 1) * STEP
-    first_x, last_x = _value(x_list, INDEX_BITS, FP64), _value(x_list + END, INDEX_BITS, FP64)
-    first_y, last_y = _value(y_list, INDEX_BITS, FP64), _value(y_list + END, INDEX_BITS, FP64)
+    first_x, last_x = _value(x_list, DTYPE, FP64), _value(x_list + END, DTYPE, FP64)
+    first_y, last_y = _value(y_list, DTYPE, FP64), _value(y_list + END, DTYPE, FP64)
     # Where +inf may meet -inf, or NaN is there, all of the token's scores become NaN: every path agrees on that.
     poison = tl.where(
         (first_x + last_y == first_x + last_y) & (first_y + last_x == first_y + last_x), 0.0, float("nan")
@@ -224,7 +222,7 @@ def frontier_kernel(
         keys = keys + (
             _pair(
                 x_list, y_list, tl.where(odd, other, own), tl.where(odd, own, other), poison, K, RANKS, STEP,
-                INDEX_BITS, FP64,
+                DTYPE, FP64,
             ),
         )  # fmt: skip
     for slot in tl.range(K * (1 - by_rows)):
@@ -238,7 +236,7 @@ def frontier_kernel(
         row = tl.where(odd, rank_y, rank_x)
         key = _pair(
             x_list, y_list, tl.where(odd, rank_x + 1, rank_x), tl.where(odd, rank_y, rank_y + 1), poison, K, RANKS,
-            STEP, INDEX_BITS, FP64,
+            STEP, DTYPE, FP64,
         )  # fmt: skip
         next_keys = ()
         for a in tl.static_range(SIDE):
@@ -252,7 +250,7 @@ def frontier_kernel(
         best = lowest(lane.to(tl.int64), FP64)
         for rank in tl.range(RANKS):
             taken = load_shared_byte(counters + rank * 32)
-            key = _pair(x_list, y_list, lane * 0 + rank, taken, poison, K, RANKS, STEP, INDEX_BITS, FP64)
+            key = _pair(x_list, y_list, lane * 0 + rank, taken, poison, K, RANKS, STEP, DTYPE, FP64)
             best = exchange(best, key, True, FP64)[0]
         store_shared(pairs + slot * 8, best, 64, writes & ~odd)
         num_finite += (unpack_wide(best, FP64)[0] > float("-inf")).to(tl.int32)
@@ -264,8 +262,9 @@ def frontier_kernel(
         output = start + tl.arange(0, 32)
         token = tl.minimum(output // K, TOKENS - 1)
         score, low = unpack_wide(load_shared(out + token * OUT_PITCH + output % K * 8, True), FP64)
-        y_key = load_shared(lists + (255 - ((low >> 8) & 255)) * STEP + (token * 2 + 1) * KEY_BYTES, INDEX_BITS == 32)
-        index = (0x7FFF - (low >> 16)) * NUM_EXPERT_SQRT + unpack(y_key, INDEX_BITS, FP64)[1]
+        rank_y = 255 - ((low >> 8) & 255)
+        y_key = load_shared(lists + rank_y * STEP + (token * 2 + 1) * KEY_BYTES, DTYPE == tl.float32)
+        index = (0x7FFF - (low >> 16)) * NUM_EXPERT_SQRT + unpack(y_key, DTYPE, FP64)[1]
         valid = (output < TOKENS * K) & (first_token + token < num_tokens)
         store_row(scores_ptr + first_token * K + output, (score.to(scores_ptr.dtype.element_ty),), valid, True)
         store_row(indices_ptr + first_token * K + output, (index,), valid, True)
@@ -309,15 +308,14 @@ def _constants(num_expert_sqrt, k, dtype, alignment, fp64):
     row = num_expert_sqrt * dtype.itemsize
     piece = min(PIECE, num_expert_sqrt)
     vector = min(alignment, row & -row, piece * dtype.itemsize & -(piece * dtype.itemsize))
-    bits = index_bits(dtype, num_expert_sqrt)
     ranks = min(k, num_expert_sqrt)
-    token_bytes = (k + 1) * 8 + ranks * (16 if bits == 32 else 8)
+    token_bytes = (k + 1) * 8 + ranks * (16 if dtype == torch.float32 else 8)
     return {
         "NUM_EXPERT_SQRT": num_expert_sqrt, "K": k, "SIDE": min(math.isqrt(k), num_expert_sqrt),
         "TOKENS": next(tokens for tokens in (16, 8, 4) if tokens * token_bytes + ranks * 32 <= SHARED_BYTES),
         "PIECE": piece,
         "PIECES": min(PIECES, -(-num_expert_sqrt // piece)), "VECTOR": vector if vector >= 4 else 0,
-        "INDEX_BITS": bits, "FP64": fp64,
+        "FP64": fp64,
     }  # fmt: skip
 
 

@@ -6,18 +6,8 @@ equal scores, the lowest index: ties need no code of their own. (The trick is ra
 5.2.5.)
 """
 
-import torch
 import triton
 import triton.language as tl
-
-# How many low bits of a logit's fp32 pattern are free to hold an index; 32: none, the index needs a word of its own.
-INDEX_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 32}
-
-
-def index_bits(dtype, count):
-    """How many bits the index of one of `count` logits takes in its key: those that are free if they do, else 32."""
-    return INDEX_BITS[dtype] if count <= 1 << INDEX_BITS[dtype] else 32
-
 
 LOWEST_KEY = tl.constexpr(-(1 << 63))  # below every packed key: what padding sorts as
 
@@ -39,27 +29,41 @@ def key_to_float(key):
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
+@triton.constexpr_function
+def index_bits(KEY):
+    """How many low bits of a key hold the index."""
+    return KEY if isinstance(KEY, int) else 31 if KEY == tl.float32 else 16
+
+
 @triton.jit
-def pack(value, index, INDEX_BITS: tl.constexpr = 32, NVIDIA: tl.constexpr = False, FP64: tl.constexpr = False):
+def pack(value, index, KEY: tl.constexpr = tl.float32, NVIDIA: tl.constexpr = False, FP64: tl.constexpr = False):
     """(fp32, int32 >= 0) -> a key whose order is value first, then the lower index.
 
-    INDEX_BITS = 32: an int64 key, for any fp32 value and any index. Fewer: an int32 key, for values whose fp32 pattern
-    ends in that many zeros (16 for bf16, 13 for fp16) and indices below 2 ** INDEX_BITS.
+    KEY says which: with tl.float32 an int64 key, for any value and index; with tl.bfloat16 or tl.float16 an int32 key,
+    for values of that dtype and indices below 2**16; with a number an int32 key of a value's upper bits above an index
+    of that many bits, for indices that fit.
     """
-    MASK: tl.constexpr = (1 << min(INDEX_BITS, 31)) - 1
-    if INDEX_BITS == 32:
+    MASK: tl.constexpr = (1 << index_bits(KEY)) - 1
+    if KEY == tl.float32:
         return pack_wide(value, tl.zeros_like(value).to(tl.int32) + (MASK - index), NVIDIA, FP64)
+    elif KEY == tl.float16:
+        bits = (value + 0.0).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16
+        key = bits ^ ((bits >> 31) & 0x7FFF0000)
+        return (key if NVIDIA else tl.where(value == value, key, 0x7FFF0000)) | (MASK - index)
     else:
         return (float_to_key(value, NVIDIA) & ~MASK) | (MASK - index)
 
 
 @triton.jit
-def unpack(key, INDEX_BITS: tl.constexpr = 32, FP64: tl.constexpr = False):
+def unpack(key, KEY: tl.constexpr = tl.float32, FP64: tl.constexpr = False):
     """The inverse of `pack`."""
-    MASK: tl.constexpr = (1 << min(INDEX_BITS, 31)) - 1
-    if INDEX_BITS == 32:
+    MASK: tl.constexpr = (1 << index_bits(KEY)) - 1
+    if KEY == tl.float32:
         value, low = unpack_wide(key, FP64)
         return value, MASK - low
+    elif KEY == tl.float16:
+        half = ((key ^ ((key >> 31) & 0x7FFF0000)) >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+        return half.to(tl.float32), MASK - (key & MASK)
     else:
         high = key & ~MASK
         value = (high ^ ((high >> 31) & (0x7FFFFFFF & ~MASK))).to(tl.float32, bitcast=True)

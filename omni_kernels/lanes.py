@@ -8,15 +8,16 @@ Two lanes a token do the least work in all; more lanes answer sooner, which is w
 
 A row passes through shared memory (words.py) in tiles of TILE_N columns; of each tile a lane first keeps one maximum a
 chunk of CHUNK columns and sorts those, since the k best columns lie in the k chunks with the largest maxima, then sorts
-the columns of those k chunks alone.
+the columns of those k chunks alone. A lane runs through its code once, so that fetching long networks takes longer than
+executing them; where a tile has enough chunks, the networks are short and in loops (`_best_in_loops`).
 
 Keys carry their own tie-break, and 32 bits of them cost less than half of 64: one instruction gives the larger of two.
-A 16-bit logit leaves the low bits of its fp32 pattern free for its column. Of an fp32 logit only the upper bits find
-room beside the column, which is enough to tell all but a few apart; those few are sorted again (`_exact_keys`). The key
-of a pair is (sum, row, rank of the column), in 32 bits if the low bits of the sums are zeros, as sums of bf16 logits
-have them, else in 64 (`_select_pairs`). Pairs of one row are sorted by this key as they come, even where rounding makes
-different sums equal, and so the merges never disagree with a full sort. Pairs of one column are sorted too, unless such
-a rounding tie turns two of them around; then they are sorted again.
+A 16-bit logit fits above its column. Of an fp32 logit only the upper bits find room beside the column, which is enough
+to tell all but a few apart; those few are sorted again (`_exact_keys`). The key of a pair is (sum, row, rank of the
+column), in 32 bits if the low bits of the sums are zeros, as sums of bf16 logits have them, else in 64
+(`_select_pairs`). Pairs of one row are sorted by this key as they come, even where rounding makes different sums equal,
+and so the merges never disagree with a full sort. Pairs of one column are sorted too, unless such a rounding tie turns
+two of them around; then they are sorted again.
 """
 
 import functools
@@ -47,9 +48,10 @@ from .words import (
 
 MAX_EXPERTS_PER_TOKEN = 32  # more would not fit in a lane's registers
 TILE_BYTES = 512  # what of a row a lane has at hand at once
-DOUBLES = ((8, 0), (9, 0), (10, 0))  # GPUs that compare doubles as fast as integers
+LOOPED_TILE = 256  # columns of a tile that loops go over, where a multiprocessor has the shared memory for it
+DOUBLES = ((8, 0), (9, 0), (10, 0))  # GPUs that compare doubles as fast as integers, and have the most shared memory
 MIN_TILE = 64  # columns below which a tile is not worth its merge
-SUM_BITS = {torch.bfloat16: 9, torch.float16: 13}  # the fraction that nearly all sums of logits need
+SUM_BITS = 9  # the fraction that nearly all sums of bf16 logits need
 MANY_LANES = 16  # of a token, where there are few tokens
 WARPS_OF_FEW_TOKENS = 3  # that a scheduler gets, at N = 256, before two lanes a token are faster
 STAGED_BYTES = 128  # of a row a lane; fewer are read straight from global memory
@@ -77,12 +79,12 @@ def _maximum(values):
 
 
 @triton.jit
-def _keys_of_maxima(row, DTYPE: tl.constexpr, TILE_N: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr,
-                    INDEX_BITS: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
-    """The keys (maximum, chunk) of the TILE_N / CHUNK chunks of a tile."""
+def _keys_of_maxima(row, first_chunk, DTYPE: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
+                    VECTOR: tl.constexpr, KEY: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
+    """The keys (maximum, chunk) of CHUNKS chunks, of which `first_chunk` is at `row`."""
     PER_WORD: tl.constexpr = 32 // DTYPE.primitive_bitwidth
     maxima = ()  # one of each chunk: a value, or a word of two halves that are still to be compared
-    for start in tl.static_range(0, TILE_N * 4 // PER_WORD, VECTOR):
+    for start in tl.static_range(0, CHUNKS * CHUNK * 4 // PER_WORD, VECTOR):
         words = load_words(row, start, VECTOR // 4)
         for first in tl.static_range(0, len(words), CHUNK // PER_WORD):
             if PER_WORD == 2:
@@ -97,18 +99,16 @@ def _keys_of_maxima(row, DTYPE: tl.constexpr, TILE_N: tl.constexpr, CHUNK: tl.co
                 maxima = maxima + (_maximum(chunk),)
     keys = ()
     if PER_WORD == 1:
-        keys = _keys(maxima, 0, INDEX_BITS, True, FP64)
+        keys = _keys(maxima, first_chunk, KEY, True, FP64)
     else:
-        for chunk in tl.static_range(0, len(maxima), 2):
-            if chunk + 1 == len(maxima):
-                keys = keys + _keys((_maximum(unpack_word(maxima[chunk], DTYPE)),), chunk, INDEX_BITS, True, FP64)
+        for i in tl.static_range(0, len(maxima), 2):
+            chunk = first_chunk + i
+            if i + 1 == len(maxima):
+                keys = keys + _keys((_maximum(unpack_word(maxima[i], DTYPE)),), chunk, KEY, True, FP64)
             else:
-                lows, highs = _transpose_halves(maxima[chunk], maxima[chunk + 1])
+                lows, highs = _transpose_halves(maxima[i], maxima[i + 1])
                 pair = _larger_halves(lows, highs, DTYPE)
-                if DTYPE == tl.bfloat16:
-                    keys = keys + _keys_of_word(pair, 0xFFFEFFFF - 0x100000000 - 0x10001 * chunk)
-                else:
-                    keys = keys + _keys(unpack_word(pair, DTYPE), chunk, INDEX_BITS, True, FP64)
+                keys = keys + _keys_of_word(pair, _reversed_columns(row, chunk), DTYPE)
     return keys
 
 
@@ -121,67 +121,76 @@ def _transpose_halves(a, b):
 
 
 @triton.jit
-def _keys_of_word(word, reversed_columns):
-    """The keys of the two bf16 logits in a word; both arguments hold two halves, the lower column in the lower.
+def _reversed_columns(like, column):
+    """What `_keys_of_word` wants to be told of two columns of which `column` is the first."""
+    return (0xFFFF - (tl.zeros_like(like).to(tl.int32) + column)) * 0x10001 - 0x10000
+
+
+@triton.jit
+def _keys_of_word(word, reversed_columns, DTYPE: tl.constexpr):
+    """The keys of the two 16-bit logits in a word; both arguments hold two halves, the lower column in the lower.
 
     `pack` two at a time: the product turns -0.0 into 0.0 and every NaN into one, the first permutation spreads the
     signs, whose magnitude bits are then flipped, and the others put a column below each half.
     """
+    ONE: tl.constexpr = "0x3F803F80" if DTYPE == tl.bfloat16 else "0x3C003C00"
+    FMA: tl.constexpr = "fma.rn.bf16x2" if DTYPE == tl.bfloat16 else "fma.rn.f16x2"
     return tl.inline_asm_elementwise(
-        """{
+        f"""{{
         .reg .b32 one, zero, value, sign;
-        mov.b32 one, 0x3F803F80;
+        mov.b32 one, {ONE};
         mov.b32 zero, 0;
-        fma.rn.bf16x2 value, $2, one, zero;
+        {FMA} value, $2, one, zero;
         prmt.b32 sign, value, value, 0xBB99;
         and.b32 sign, sign, 0x7FFF7FFF;
         xor.b32 value, value, sign;
         prmt.b32 $0, value, $3, 0x1054;
         prmt.b32 $1, value, $3, 0x3276;
-        }""",
+        }}""",
         "=&r,=&r,r,r", [word, tl.zeros_like(word) + reversed_columns], (tl.int32, tl.int32), True, 1,
     )  # fmt: skip
 
 
 @triton.jit
-def keys_of_bytes(row, OFFSET: tl.constexpr, column, DTYPE: tl.constexpr, BYTES: tl.constexpr, INDEX_BITS: tl.constexpr,
+def keys_of_bytes(row, OFFSET: tl.constexpr, column, DTYPE: tl.constexpr, BYTES: tl.constexpr, KEY: tl.constexpr,
                  FP64: tl.constexpr):  # fmt: skip
     """The keys of BYTES (4, 8 or 16) of logits, the first of which is in `column`."""
     words = load_words(row, OFFSET, BYTES // 4)
     keys = ()
-    if DTYPE == tl.bfloat16:
-        reversed_columns = (0xFFFF - (tl.zeros_like(row).to(tl.int32) + column)) * 0x10001 - 0x10000
+    if DTYPE.primitive_bitwidth == 16:
+        reversed_columns = _reversed_columns(row, column)
         for i in tl.static_range(len(words)):
-            keys = keys + _keys_of_word(words[i], reversed_columns - 0x20002 * i)
+            keys = keys + _keys_of_word(words[i], reversed_columns - 0x20002 * i, DTYPE)
     else:
         for i in tl.static_range(len(words)):
             values = unpack_word(words[i], DTYPE)
-            keys = keys + _keys(values, column + i * len(values), INDEX_BITS, True, FP64)
+            keys = keys + _keys(values, column + i * len(values), KEY, True, FP64)
     return keys
 
 
 @triton.jit
-def _best_of_groups(keys, K: tl.constexpr, GROUP: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr):
+def _best_of_groups(keys, K: tl.constexpr, GROUP: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr, one):
     """The K best of a tuple, descending, GROUP at a time."""
     best = ()
     for start in tl.static_range(0, len(keys), GROUP):
-        best = merge(best, sort(keys[start : start + GROUP], NVIDIA, FP64), len(best), NVIDIA, FP64)[:K]
+        group = sort(keys[start : start + GROUP], NVIDIA, FP64, one)
+        best = merge(best, group, len(best), NVIDIA, FP64, one)[:K]
     return best
 
 
 @triton.jit
-def _keys(values, index, INDEX_BITS: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr):
+def _keys(values, index, KEY: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr):
     """The keys of a tuple of values whose indices count up from `index`."""
     keys = ()
     for i in tl.static_range(len(values)):
-        keys = keys + (pack(values[i], index + i, INDEX_BITS, NVIDIA, FP64),)
+        keys = keys + (pack(values[i], index + i, KEY, NVIDIA, FP64),)
     return keys
 
 
 @triton.jit
 def _candidates_of_tile(row, skip, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
-                        CHUNK: tl.constexpr, VECTOR: tl.constexpr, INDEX_BITS: tl.constexpr, RAGGED: tl.constexpr,
-                        FP64: tl.constexpr):  # fmt: skip
+                        CHUNK: tl.constexpr, VECTOR: tl.constexpr, KEY: tl.constexpr, RAGGED: tl.constexpr,
+                        FP64: tl.constexpr, one):  # fmt: skip
     """Keys (value, column) of a tile among which its K best are: all of it, or its K best chunks.
 
     Also, where keys hold only the upper bits of values, whether these leave in doubt which chunks are the best.
@@ -190,26 +199,80 @@ def _candidates_of_tile(row, skip, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K:
     keys, doubt = (), tl.zeros_like(skip)
     if CHUNK == 1:
         for start in tl.static_range(0, TILE_N * BYTES, VECTOR):
-            keys = keys + keys_of_bytes(row, start, start // BYTES, DTYPE, VECTOR, INDEX_BITS, FP64)
+            keys = keys + keys_of_bytes(row, start, start // BYTES, DTYPE, VECTOR, KEY, FP64)
         if RAGGED:
             keys = skip_first(keys, skip, FP64)
     else:
-        HALVED: tl.constexpr = DTYPE == tl.float32 and INDEX_BITS < 32
-        CHUNK_BITS: tl.constexpr = _bit_length(TILE_N // CHUNK - 1) if HALVED else INDEX_BITS
-        maxima = _keys_of_maxima(row, DTYPE, TILE_N, CHUNK, VECTOR, CHUNK_BITS, FP64)
+        HALVED: tl.constexpr = DTYPE == tl.float32 and KEY != tl.float32
+        CHUNK_KEY: tl.constexpr = _bit_length(TILE_N // CHUNK - 1) if HALVED else DTYPE
+        maxima = _keys_of_maxima(row, 0, DTYPE, TILE_N // CHUNK, CHUNK, VECTOR, CHUNK_KEY, FP64)
         if HALVED:
-            chunks = _best_of_groups(maxima, K + 1, GROUP, True, FP64)
-            doubt = ((chunks[K - 1] ^ chunks[K]) >> CHUNK_BITS == 0).to(tl.int32)
+            chunks = _best_of_groups(maxima, K + 1, GROUP, True, FP64, one)
+            doubt = ((chunks[K - 1] ^ chunks[K]) >> CHUNK_KEY == 0).to(tl.int32)
             chunks = chunks[:K]
         else:  # their order does not matter
             LAST: tl.constexpr = (len(maxima) - 1) // GROUP * GROUP
-            chunks = sort(maxima[LAST:], True, FP64)[:K]
+            chunks = sort(maxima[LAST:], True, FP64, one)[:K]
             if LAST > 0:
-                chunks = best_of(_best_of_groups(maxima[:LAST], K, GROUP, True, FP64), chunks, True, FP64)
+                chunks = best_of(_best_of_groups(maxima[:LAST], K, GROUP, True, FP64, one), chunks, True, FP64, one)
         for i in tl.static_range(len(chunks)):
-            start = unpack(chunks[i], CHUNK_BITS, FP64)[1] * CHUNK
-            keys = keys + keys_of_bytes(row + start * BYTES, 0, start, DTYPE, CHUNK * BYTES, INDEX_BITS, FP64)
+            start = unpack(chunks[i], CHUNK_KEY, FP64)[1] * CHUNK
+            keys = keys + keys_of_bytes(row + start * BYTES, 0, start, DTYPE, CHUNK * BYTES, KEY, FP64)
     return keys, doubt
+
+
+@triton.jit
+def _best_in_loops(row, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K: tl.constexpr, LISTED: tl.constexpr,
+                   GROUP: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr, KEY: tl.constexpr,
+                   FP64: tl.constexpr, one):  # fmt: skip
+    """The keys (value, column) of the LISTED best of a tile's K best chunks, descending.
+
+    In loops over groups of GROUP keys. The first begins with a part of the row while the rest is on its way. Also
+    whether it is in doubt which chunks are the best.
+    """
+    BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    HALVED: tl.constexpr = DTYPE == tl.float32
+    CHUNK_KEY: tl.constexpr = _bit_length(TILE_N // CHUNK - 1) if HALVED else DTYPE
+    CHUNKS: tl.constexpr = _chunks_listed(K, GROUP, CHUNK)
+    none = row & 0
+    chunks = _lowest_keys(none, CHUNKS + 1 if HALVED else CHUNKS, FP64)
+    for group in tl.range(TILE_N // (CHUNK * GROUP)):
+        wait_for_rows(none + group, TILE_N // (CHUNK * GROUP))
+        first = hide(none + group * GROUP)
+        maxima = _keys_of_maxima(row + first * (CHUNK * BYTES), first, DTYPE, GROUP, CHUNK, VECTOR, CHUNK_KEY, FP64)
+        chunks = merge(chunks, sort(maxima, True, FP64, one), len(chunks), True, FP64, one)[: len(chunks)]
+    doubt = ((chunks[K - 1] ^ chunks[CHUNKS]) >> CHUNK_KEY == 0).to(tl.int32) if HALVED else none
+
+    for i in tl.static_range(0, CHUNKS, 4):  # no loop can count through registers: their numbers go behind the tile
+        numbers = chunks[i] & 0xFF
+        for byte in tl.static_range(1, 4):
+            numbers = numbers | ((chunks[i + byte] & 0xFF) << (8 * byte))
+        store_shared(row + (TILE_N * BYTES + i), numbers, 32, none == 0)
+    best = _lowest_keys(none, LISTED, FP64)
+    for at in tl.range(0, CHUNKS, GROUP // CHUNK):
+        keys = ()
+        for i in tl.static_range(0, GROUP // CHUNK, 4):
+            numbers = ~load_words(row + hide(none + at), TILE_N * BYTES + i, 1)[0]
+            for byte in tl.static_range(4):
+                start = ((numbers >> (8 * byte)) & ((1 << min(index_bits(CHUNK_KEY), 8)) - 1)) * CHUNK
+                keys = keys + keys_of_bytes(row + start * BYTES, 0, start, DTYPE, CHUNK * BYTES, KEY, FP64)
+        best = merge(best, sort(keys, True, FP64, one), LISTED, True, FP64, one)[:LISTED]
+    return best, doubt
+
+
+@triton.constexpr_function
+def _chunks_listed(k, group, chunk):
+    """How many chunks `_best_in_loops` keeps: k, and as many more as it takes to fill its groups."""
+    return -(-k * chunk // group) * (group // chunk)
+
+
+@triton.jit
+def _lowest_keys(like, COUNT: tl.constexpr, FP64: tl.constexpr):
+    """A tuple of COUNT keys below all others."""
+    keys = ()
+    for _rank in tl.static_range(COUNT):
+        keys = keys + (lowest(like, FP64),)
+    return keys
 
 
 @triton.constexpr_function
@@ -224,7 +287,7 @@ def _gcd(a, b):
 
 @triton.jit
 def _exact_keys(best, row, doubt, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
-                VECTOR: tl.constexpr, INDEX_BITS: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
+                VECTOR: tl.constexpr, KEY: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
     """The 64-bit keys of the K best of a tile of fp32 logits, descending, from 32-bit keys of the K + 2 best or all.
 
     Those hold only the upper bits of a value. The K + 1 best of them are sorted again by all bits: the K best are among
@@ -232,13 +295,13 @@ def _exact_keys(best, row, doubt, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K: 
     columns are sorted by all bits, if any logit of the tile has lower bits at all.
     """
     if len(best) == K + 2:
-        same = ((best[K - 1] ^ best[K]) | (best[K] ^ best[K + 1])) >> INDEX_BITS == 0
+        same = ((best[K - 1] ^ best[K]) | (best[K] ^ best[K + 1])) >> KEY == 0
         doubt = doubt | same.to(tl.int32)
     exact = ()
     for rank in tl.static_range(min(K + 1, len(best))):
-        column = unpack(best[rank], INDEX_BITS)[1]
+        column = unpack(best[rank], KEY)[1]
         value = load_words(row + (column * 4).to(row.dtype), 0, 1)[0].to(tl.float32, bitcast=True)
-        exact = exact + _keys((value,), column, 32, True, FP64)
+        exact = exact + _keys((value,), column, tl.float32, True, FP64)
     for again in tl.static_range(2):  # neighbours seldom change places, and hardly ever more than two of them
         turned = doubt != doubt
         for rank in tl.static_range(1, len(exact)):
@@ -252,7 +315,7 @@ def _exact_keys(best, row, doubt, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K: 
         words = load_words(row + start, 0, VECTOR // 4)
         for i in tl.static_range(len(words)):
             lower = lower | words[i]
-    doubt = ((doubt != 0) & (lower & ((1 << INDEX_BITS) - 1) != 0)).to(tl.int32)
+    doubt = ((doubt != 0) & (lower & ((1 << KEY) - 1) != 0)).to(tl.int32)
     for _ in tl.range(tl.max(doubt, 0)):
         exact = _sorted_top(row, DTYPE, TILE_N, K, _gcd(TILE_N, GROUP), VECTOR, FP64)
     return exact
@@ -262,14 +325,12 @@ def _exact_keys(best, row, doubt, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K: 
 def _sorted_top(row, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
                 VECTOR: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
     """The 64-bit keys of the K best of a tile of fp32 logits, in little code."""
-    best = ()
-    for _rank in tl.static_range(K):
-        best = best + (lowest(tl.zeros_like(row).to(tl.int64), FP64),)
+    best = _lowest_keys(tl.zeros_like(row).to(tl.int64), K, FP64)
     for group in tl.range(TILE_N // GROUP):
         start = hide(tl.zeros_like(row).to(tl.int32) + group * GROUP)
         keys = ()
         for offset in tl.static_range(0, GROUP * 4, VECTOR):
-            keys = keys + keys_of_bytes(row + start * 4, offset, start + offset // 4, DTYPE, VECTOR, 32, FP64)
+            keys = keys + keys_of_bytes(row + start * 4, offset, start + offset // 4, DTYPE, VECTOR, tl.float32, FP64)
         best = merge(best, sort(keys, True, FP64), K, True, FP64)[:K]
     return best
 
@@ -307,20 +368,20 @@ def _shift(keys, column, FP64: tl.constexpr):
 
 
 @triton.jit
-def keys_of_strided(row_ptrs, stride_n, start, COUNT: tl.constexpr, INDEX_BITS: tl.constexpr, NVIDIA: tl.constexpr,
+def keys_of_strided(row_ptrs, stride_n, start, COUNT: tl.constexpr, KEY: tl.constexpr, NVIDIA: tl.constexpr,
                     FP64: tl.constexpr):  # fmt: skip
     """The keys of COUNT columns from `start` on, read one by one."""
     values = ()
     for i in tl.static_range(COUNT):
         values = values + (load_value(row_ptrs + (start + i).to(tl.int64) * stride_n, NVIDIA),)
-    return _keys(values, start, INDEX_BITS, NVIDIA, FP64)
+    return _keys(values, start, KEY, NVIDIA, FP64)
 
 
 @triton.jit
-def _sorted_group(row_ptrs, stride_n, first_column, start, skip, COUNT: tl.constexpr, INDEX_BITS: tl.constexpr,
+def _sorted_group(row_ptrs, stride_n, first_column, start, skip, COUNT: tl.constexpr, KEY: tl.constexpr,
                   RAGGED: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
     """The sorted keys of COUNT columns of a segment from `start` on."""
-    keys = keys_of_strided(row_ptrs, stride_n, first_column + start, COUNT, INDEX_BITS, NVIDIA, FP64)
+    keys = keys_of_strided(row_ptrs, stride_n, first_column + start, COUNT, KEY, NVIDIA, FP64)
     if RAGGED:
         keys = skip_first(keys, skip - start, FP64)
     return sort(keys, NVIDIA, FP64)
@@ -328,18 +389,18 @@ def _sorted_group(row_ptrs, stride_n, first_column, start, skip, COUNT: tl.const
 
 @triton.jit
 def _top_of_strided_segment(row_ptrs, stride_n, first_column, skip, SEGMENT: tl.constexpr, K: tl.constexpr,
-                            GROUP: tl.constexpr, INDEX_BITS: tl.constexpr, RAGGED: tl.constexpr, NVIDIA: tl.constexpr,
+                            GROUP: tl.constexpr, KEY: tl.constexpr, RAGGED: tl.constexpr, NVIDIA: tl.constexpr,
                             FP64: tl.constexpr):  # fmt: skip
     """The keys (value, column) of the K best columns of a segment, descending."""
     FIRST: tl.constexpr = min(GROUP, SEGMENT)
     TAIL: tl.constexpr = (SEGMENT - FIRST) % GROUP
-    best = _sorted_group(row_ptrs, stride_n, first_column, 0, skip, FIRST, INDEX_BITS, RAGGED, NVIDIA, FP64)[:K]
+    best = _sorted_group(row_ptrs, stride_n, first_column, 0, skip, FIRST, KEY, RAGGED, NVIDIA, FP64)[:K]
     for start in tl.range(GROUP, SEGMENT - TAIL, GROUP):
-        more = _sorted_group(row_ptrs, stride_n, first_column, start, skip, GROUP, INDEX_BITS, RAGGED, NVIDIA, FP64)
+        more = _sorted_group(row_ptrs, stride_n, first_column, start, skip, GROUP, KEY, RAGGED, NVIDIA, FP64)
         best = merge(best, more, K, NVIDIA, FP64)[:K]
     if TAIL > 0:
         tail = _sorted_group(
-            row_ptrs, stride_n, first_column, SEGMENT - TAIL, skip, TAIL, INDEX_BITS, RAGGED, NVIDIA, FP64
+            row_ptrs, stride_n, first_column, SEGMENT - TAIL, skip, TAIL, KEY, RAGGED, NVIDIA, FP64
         )  # fmt: skip
         best = merge(best, tail, K, NVIDIA, FP64)[:K]
     return best
@@ -353,7 +414,7 @@ def _first_pair(rank, k, ranks):
 
 @triton.jit
 def _half_staircase(values, ids, other_values, other_ids, odd, RANKS: tl.constexpr, K: tl.constexpr, SIDE: tl.constexpr,
-                    ID_BITS: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
+                    ID_BITS: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr, one):  # fmt: skip
     """The keys of the best pairs in this lane's half of the staircase, descending, at most K.
 
     Row a of it pairs the lane's rank a with the other factor's ranks from a on. The pairs of equal ranks are the even
@@ -395,7 +456,7 @@ def _half_staircase(values, ids, other_values, other_ids, odd, RANKS: tl.constex
     best = ()
     for a in tl.static_range(SIDE):
         row = keys[_first_pair(SIDE - 1 - a, K, RANKS) : _first_pair(SIDE - a, K, RANKS)]
-        best = merge(row, best, len(row), NVIDIA, FP64)[:K]
+        best = merge(row, best, len(row), NVIDIA, FP64, one)[:K]
     return best, lost
 
 
@@ -422,8 +483,9 @@ def _settle_rows(keys, RANKS: tl.constexpr, K: tl.constexpr, SIDE: tl.constexpr,
 
 @triton.jit
 def _select_pairs(best, poison, odd, columns, NUM_EXPERT_SQRT: tl.constexpr, RANKS: tl.constexpr,
-                  K: tl.constexpr, SIDE: tl.constexpr, SPLIT: tl.constexpr, INDEX_BITS: tl.constexpr,
-                  ROW_BITS: tl.constexpr, NARROW: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
+                  K: tl.constexpr, SIDE: tl.constexpr, SPLIT: tl.constexpr, KEY: tl.constexpr,
+                  ROW_BITS: tl.constexpr, NARROW: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr,
+                  one):  # fmt: skip
     """Scores and indices of the K best pairs, of which each lane gets half if SPLIT, and whether NARROW keys failed.
 
     A key holds the sum above the row above the rank of the column, each so that the lower one wins among equals. Wide
@@ -440,22 +502,23 @@ def _select_pairs(best, poison, odd, columns, NUM_EXPERT_SQRT: tl.constexpr, RAN
     step = tl.where(odd, 1 << RANK_AT, 0)
     values, ids = (), ()
     for rank in tl.static_range(RANKS):
-        value, index = unpack(best[rank], INDEX_BITS, FP64)
+        value, index = unpack(best[rank], KEY, FP64)
         values, ids = values + (value + poison,), ids + (index * factor + (offset - rank * step),)
     ID_BITS: tl.constexpr = _bit_length(ROW_MASK << ROW_AT) if NARROW else 31
     half, lost = _half_staircase(
-        values, ids, partners(values, 1, NVIDIA), partners(ids, 1, NVIDIA), odd, RANKS, K, SIDE, ID_BITS, NVIDIA, FP64
+        values, ids, partners(values, 1, NVIDIA), partners(ids, 1, NVIDIA), odd, RANKS, K, SIDE, ID_BITS, NVIDIA, FP64,
+        one,
     )  # fmt: skip
     other_half = partners(half, 1, NVIDIA)
     if SPLIT:  # a bitonic merge, of which the even lane finishes the better half and the odd lane the other
-        kept = best_of(half, other_half, NVIDIA, FP64)
+        kept = best_of(half, other_half, NVIDIA, FP64, one)
         pairs = ()
         for slot in tl.static_range(K // 2):
             chosen = is_less(kept[slot], kept[slot + K // 2], FP64) ^ odd
             pairs = pairs + (tl.where(chosen, kept[slot + K // 2], kept[slot]),)
-        pairs = bitonic(pairs, NVIDIA, FP64)
+        pairs = bitonic(pairs, NVIDIA, FP64, one)
     else:
-        pairs = merge(half, other_half, len(half), NVIDIA, FP64)[:K]
+        pairs = merge(half, other_half, len(half), NVIDIA, FP64, one)[:K]
 
     scores, indices = (), ()
     for slot in tl.static_range(len(pairs)):
@@ -497,14 +560,16 @@ def lanes_kernel(
     num_tokens,
     NUM_EXPERT_SQRT: tl.constexpr, K: tl.constexpr, SIDE: tl.constexpr,
     LANES: tl.constexpr, SEGMENT: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, GROUP: tl.constexpr,
-    CHUNK: tl.constexpr, VECTOR: tl.constexpr, STAGED: tl.constexpr, HALVED: tl.constexpr, NARROW: tl.constexpr,
-    INDEX_BITS: tl.constexpr, ROW_BITS: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr,
+    CHUNK: tl.constexpr, VECTOR: tl.constexpr, STAGED: tl.constexpr, PRIORITY: tl.constexpr, LOOPED: tl.constexpr,
+    HALVED: tl.constexpr, NARROW: tl.constexpr, ADDED: tl.constexpr, ROW_BITS: tl.constexpr,
+    NVIDIA: tl.constexpr, FP64: tl.constexpr,
 ):  # fmt: skip
     RANKS: tl.constexpr = min(K, NUM_EXPERT_SQRT)
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
     lane = tl.arange(0, TILE_M)
     odd = lane % 2 == 1
+    one = lane * 0 + tl.minimum(num_tokens, 1).to(tl.int32) if ADDED else None  # as far as a compiler can know
     stride_n = tl.where(odd, stride_yn, stride_xn)
     # Where segments do not divide the row, the last ones begin early and skip what others have read.
     RAGGED: tl.constexpr = LANES // 2 * SEGMENT != NUM_EXPERT_SQRT
@@ -522,50 +587,59 @@ def lanes_kernel(
         segment = row_ptrs.to(tl.int64) + first_column * BYTES
         if STAGED:
             # Rows an odd number of vectors apart meet every bank once.
-            PITCH: tl.constexpr = (TILE_N * BYTES // VECTOR + 1 - TILE_N * BYTES // VECTOR % 2) * VECTOR
+            BEHIND: tl.constexpr = _chunks_listed(OWN, GROUP, CHUNK) if LOOPED else 0
+            VECTORS: tl.constexpr = (TILE_N * BYTES + BEHIND + VECTOR - 1) // VECTOR
+            PITCH: tl.constexpr = (VECTORS + 1 - VECTORS % 2) * VECTOR
             buffer = allocate_rows(lane, TILE_M * PITCH) + lane // 32 * (32 * PITCH)
-            copy_rows(buffer, segment, (lane >= 0).to(tl.int32), TILE_N * BYTES, VECTOR, PITCH)
+            PARTS: tl.constexpr = TILE_N // (CHUNK * GROUP) if LOOPED else 1
+            copy_rows(buffer, segment, (lane >= 0).to(tl.int32), TILE_N * BYTES, VECTOR, PITCH, PARTS, PRIORITY)
         # Where 32-bit keys do for fp32 logits, nearly always, two more than K tell.
-        SORT_BITS: tl.constexpr = _bit_length(TILE_N - 1) if HALVED else INDEX_BITS
+        SORT_KEY: tl.constexpr = _bit_length(TILE_N - 1) if HALVED else DTYPE
         LISTED: tl.constexpr = min(OWN + 2, TILE_N) if HALVED else OWN
-        best = ()
-        for _rank in tl.static_range(OWN):
-            best = best + (lowest(lane.to(tl.int64) if INDEX_BITS == 32 else lane, FP64),)
+        best = _lowest_keys(lane.to(tl.int64) if DTYPE == tl.float32 else lane, OWN, FP64)
         for step in tl.range(TILES):
             # Hidden, or LLVM would count the columns in 64 bits, and sort keys of 64 bits to subtract them from.
             column = hide(lane * 0 + step * TILE_N)
             row = segment + column * BYTES
             if STAGED:
-                wait_for_rows(lane)
                 row = buffer + lane % 32 * PITCH
-            keys, doubt = _candidates_of_tile(
-                row, skip - column, DTYPE, TILE_N, OWN, GROUP, CHUNK, VECTOR, SORT_BITS, RAGGED, FP64
-            )  # fmt: skip
-            if HALVED:  # reads the tile again, so the next one has to wait
-                more = _best_of_groups(keys, LISTED, GROUP, NVIDIA, FP64)
-                more = _exact_keys(more, row, doubt, DTYPE, TILE_N, OWN, GROUP, VECTOR, SORT_BITS, FP64)
-            if STAGED:
+                if not LOOPED:
+                    wait_for_rows(lane * 0, 1)
+            if LOOPED:
+                more, doubt = _best_in_loops(
+                    row, DTYPE, TILE_N, OWN, LISTED, GROUP, CHUNK, VECTOR, SORT_KEY, FP64, one
+                )  # fmt: skip
+            else:
+                keys, doubt = _candidates_of_tile(
+                    row, skip - column, DTYPE, TILE_N, OWN, GROUP, CHUNK, VECTOR, SORT_KEY, RAGGED, FP64, one
+                )  # fmt: skip
+            if HALVED:
+                more = more if LOOPED else _best_of_groups(keys, LISTED, GROUP, NVIDIA, FP64, one)
+                more = _exact_keys(more, row, doubt, DTYPE, TILE_N, OWN, GROUP, VECTOR, SORT_KEY, FP64)
+            if STAGED:  # where the tile is not read again
                 wanted = (lane * 0 + step + 1 < TILES).to(tl.int32)
-                copy_rows(buffer, segment + (column + TILE_N) * BYTES, wanted, TILE_N * BYTES, VECTOR, PITCH)
-            if not HALVED:
-                more = _best_of_groups(keys, OWN, GROUP, NVIDIA, FP64)
+                copy_rows(
+                    buffer, segment + (column + TILE_N) * BYTES, wanted, TILE_N * BYTES, VECTOR, PITCH, PARTS, PRIORITY
+                )  # fmt: skip
+            if not (LOOPED or HALVED):
+                more = _best_of_groups(keys, OWN, GROUP, NVIDIA, FP64, one)
             if TILES == 1:
                 best = more
             else:
-                best = merge(best, _shift(more, column, FP64), OWN, NVIDIA, FP64)[:OWN]
+                best = merge(best, _shift(more, column, FP64), OWN, NVIDIA, FP64, one)[:OWN]
         if LANES > 2:
             best = _shift(best, first_column, FP64)
     else:
         best = _top_of_strided_segment(
-            row_ptrs, stride_n, first_column, skip, SEGMENT, OWN, GROUP, INDEX_BITS, RAGGED, NVIDIA, FP64
+            row_ptrs, stride_n, first_column, skip, SEGMENT, OWN, GROUP, DTYPE, RAGGED, NVIDIA, FP64
         )  # fmt: skip
     for level in tl.static_range(1, 5):
         if LANES > 1 << level:
             best = merge_best(
-                best, partners(best, 1 << level, NVIDIA), min(RANKS, 2 * len(best)), NVIDIA, FP64
+                best, partners(best, 1 << level, NVIDIA), min(RANKS, 2 * len(best)), NVIDIA, FP64, one
             )  # fmt: skip
     # Each lane looks at one of the two ways they may meet; its NaN reaches the other lane with its values.
-    first, last = unpack(best[0], INDEX_BITS, FP64)[0], unpack(best[RANKS - 1], INDEX_BITS, FP64)[0]
+    first, last = unpack(best[0], DTYPE, FP64)[0], unpack(best[RANKS - 1], DTYPE, FP64)[0]
     widest = first + partner(last, 1, NVIDIA)
     poison = tl.where(widest == widest, 0.0, float("nan"))
     # Where all pairs of a lane may be among the K best, and K is a power of two, its neighbour finishes half of them.
@@ -574,19 +648,20 @@ def lanes_kernel(
     if NARROW:
         columns = buffer + (lane % 32 | 1) * PITCH
         for rank in tl.static_range(RANKS):
-            column = unpack(best[rank], INDEX_BITS, FP64)[1]
+            column = unpack(best[rank], DTYPE, FP64)[1]
             store_shared(buffer + lane % 32 * PITCH + rank * 4, column, 32, lane >= 0)
         sync_warp(lane)
     scores, indices, lost = _select_pairs(
-        best, poison, odd, columns, NUM_EXPERT_SQRT, RANKS, K, SIDE, SPLIT, INDEX_BITS, ROW_BITS, NARROW, NVIDIA, FP64
+        best, poison, odd, columns, NUM_EXPERT_SQRT, RANKS, K, SIDE, SPLIT, DTYPE, ROW_BITS, NARROW, NVIDIA, FP64,
+        one,
     )  # fmt: skip
     for _ in tl.range(tl.max(lost, 0) if NARROW else 0):
         again = ()
         for rank in tl.static_range(RANKS):
             again = again + (hide(best[rank]),)  # or what both ways have in common would stay in registers
         scores, indices, lost = _select_pairs(
-            again, poison, odd, columns, NUM_EXPERT_SQRT, RANKS, K, SIDE, SPLIT, INDEX_BITS, ROW_BITS, False, NVIDIA,
-            FP64,
+            again, poison, odd, columns, NUM_EXPERT_SQRT, RANKS, K, SIDE, SPLIT, DTYPE, ROW_BITS, False, NVIDIA,
+            FP64, None,
         )  # fmt: skip
 
     SLOTS: tl.constexpr = K // 2 if SPLIT else K
@@ -663,32 +738,42 @@ def _constants(num_expert_sqrt, k, dtype, alignment, fp64, lanes):
     itemsize = dtype.itemsize
     row = num_expert_sqrt * itemsize
     vector = min(alignment, row & -row)  # bytes of a load
+    ranks = min(k, num_expert_sqrt)
+    group = min(32, max(8, 1 << (ranks - 1).bit_length()))
     reading = {"SEGMENT": -(-num_expert_sqrt // (lanes // 2)), "TILE_N": 0, "CHUNK": 1, "VECTOR": 0}
-    staged = halved = False
+    staged = looped = halved = False
     if vector >= 4 and not interpreting():
         step = vector // itemsize
         segment = -(-num_expert_sqrt // (lanes // 2 * step)) * step
-        widest = TILE_BYTES // itemsize // (2 if k > 16 else 1)
-        tile_n = next(n for n in range(min(segment, widest), 0, -1) if segment % n == 0 and n % step == 0)
         ragged = lanes // 2 * segment != num_expert_sqrt
-        chunks = (c for c in (4, 2) if 4 <= c * itemsize <= vector and tile_n % c == 0 and tile_n >= 2 * c * k)
-        if tile_n >= min(segment, MIN_TILE):
+        staged, halved = segment * itemsize >= STAGED_BYTES, dtype == torch.float32 and not ragged
+
+        def widest_tile(columns):
+            return next(n for n in range(min(segment, columns), 0, -1) if segment % n == 0 and n % step == 0)
+
+        tile_n, chunk = widest_tile(LOOPED_TILE if itemsize == 2 or fp64 else TILE_BYTES // 4), 4
+        looped = staged and not ragged and vector >= 4 * itemsize and group >= 16 and (itemsize == 2 or k <= 16)
+        looped = looped and tile_n >= 8 * k and tile_n % (4 * group) == 0
+        if not looped:
+            tile_n = widest_tile(TILE_BYTES // itemsize // (2 if k > 16 else 1))
+            chunks = (c for c in (4, 2) if 4 <= c * itemsize <= vector and tile_n % c == 0 and tile_n >= 2 * c * k)
             chunk = 1 if ragged else next(chunks, 1)
+        if tile_n >= min(segment, MIN_TILE):
             reading = {"SEGMENT": segment, "TILE_N": tile_n, "CHUNK": chunk, "VECTOR": vector}
-            staged, halved = segment * itemsize >= STAGED_BYTES, dtype == torch.float32 and not ragged
+        else:
+            staged = halved = False
     # A pair's sum may share 32 bits with row and rank where that leaves it the bits that sums of such logits have.
-    ranks = min(k, num_expert_sqrt)
     sum_bits = 23 - (num_expert_sqrt - 1).bit_length() - (ranks - 1).bit_length()
-    narrow = staged and k <= 16 and sum_bits >= SUM_BITS.get(dtype, 32) and reading["TILE_N"] * itemsize >= 4 * ranks
+    narrow = dtype == torch.bfloat16 and staged and k <= 16 and sum_bits >= SUM_BITS
+    narrow = narrow and reading["TILE_N"] * itemsize >= 4 * ranks
     # Two warps a program run closer together and share more of the code they fetch, which long code gains from.
-    long = staged and not halved and reading["TILE_N"] * itemsize == TILE_BYTES
-    tile_m = 1024 if interpreting() else 64 if long else 32
+    warps = 2 if staged and itemsize == 2 and reading["TILE_N"] * itemsize == TILE_BYTES else 1
     return {
         "NUM_EXPERT_SQRT": num_expert_sqrt, "K": k, "SIDE": min(math.isqrt(k), num_expert_sqrt), "LANES": lanes,
-        "GROUP": min(32, max(8, 1 << (min(k, num_expert_sqrt) - 1).bit_length())), "TILE_M": tile_m, **reading,
-        "STAGED": staged, "HALVED": halved, "NARROW": narrow,
-        "INDEX_BITS": index_bits(dtype, num_expert_sqrt), "ROW_BITS": _row_bits(k),
-        "NVIDIA": not interpreting(), "FP64": fp64, "num_warps": 1 if interpreting() else tile_m // 32,
+        "GROUP": group, "TILE_M": 1024 if interpreting() else warps * 32, **reading,
+        "STAGED": staged, "PRIORITY": "evict_first", "LOOPED": looped, "HALVED": halved, "NARROW": narrow,
+        "ADDED": staged and lanes == 2 and k <= 16, "ROW_BITS": _row_bits(k),
+        "NVIDIA": not interpreting(), "FP64": fp64, "num_warps": warps,
     }  # fmt: skip
 
 

@@ -10,12 +10,16 @@ import triton.language as tl
 
 
 @triton.jit
-def exchange(a, b, NVIDIA: tl.constexpr, FP64: tl.constexpr):
+def exchange(a, b, NVIDIA: tl.constexpr, FP64: tl.constexpr, one=None):
     """The larger and the smaller of two int32 or int64 keys; with FP64, int64 keys are ordered as doubles.
 
     64-bit keys are exchanged in PTX on NVIDIA GPUs: compilers would turn it into a minimum and a maximum, and compare
     twice, unless they see halves. Doubles are compared by a unit of their own, while integers would wait for the one
     that moves the halves.
+
+    Minima and maxima wait for each other, too. With `one`, int32 ones that the compiler does not know for ones, the
+    smaller of two int32 keys is what the larger leaves of their sum, modulo 2**32: two multiply-adds, which have a unit
+    of their own.
     """
     if NVIDIA and a.dtype == tl.int64:
         return tl.inline_asm_elementwise(
@@ -34,6 +38,18 @@ def exchange(a, b, NVIDIA: tl.constexpr, FP64: tl.constexpr):
             }}""",
             "=&l,=&l,l,l", [a, b], (tl.int64, tl.int64), True, 1,
         )  # fmt: skip
+    elif one is not None:
+        larger = tl.maximum(a, b)
+        smaller = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 sum;
+            mad.lo.s32 sum, $1, $4, $2;
+            mul.lo.s32 sum, sum, $4;
+            sub.s32 $0, sum, $3;
+            }""",
+            "=r,r,r,r,r", [a, b, larger, one], tl.int32, True, 1,
+        )  # fmt: skip
+        return larger, smaller
     else:
         swap = a < b
         return tl.where(swap, b, a), tl.where(swap, a, b)
@@ -49,7 +65,7 @@ def is_less(a, b, FP64: tl.constexpr):
 
 
 @triton.jit
-def merge(a, b, LENGTH: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr):
+def merge(a, b, LENGTH: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr, one=None):
     """Merge two descending tuples into one.
 
     LENGTH is len(a): Triton 3.6 names a specialized function after the elements of its tuples but not after where one
@@ -60,40 +76,41 @@ def merge(a, b, LENGTH: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr):
     elif len(b) == 0:
         return a
     elif len(a) + len(b) == 2:
-        return exchange(a[0], b[0], NVIDIA, FP64)
+        return exchange(a[0], b[0], NVIDIA, FP64, one)
     else:
-        evens = merge(a[0::2], b[0::2], len(a[0::2]), NVIDIA, FP64)
-        odds = merge(a[1::2], b[1::2], len(a[1::2]), NVIDIA, FP64)
+        evens = merge(a[0::2], b[0::2], len(a[0::2]), NVIDIA, FP64, one)
+        odds = merge(a[1::2], b[1::2], len(a[1::2]), NVIDIA, FP64, one)
         merged = evens[:1]
         for i in tl.static_range(len(odds)):
             if i + 1 < len(evens):
-                merged = merged + exchange(evens[i + 1], odds[i], NVIDIA, FP64)
+                merged = merged + exchange(evens[i + 1], odds[i], NVIDIA, FP64, one)
             else:
                 merged = merged + odds[i:]
         return merged + evens[len(odds) + 1 :]
 
 
 @triton.jit
-def sort(keys, NVIDIA: tl.constexpr, FP64: tl.constexpr):
+def sort(keys, NVIDIA: tl.constexpr, FP64: tl.constexpr, one=None):
     """Sort a tuple, descending."""
     HALF: tl.constexpr = len(keys) // 2
     if HALF == 0:
         return keys
     else:
-        return merge(sort(keys[:HALF], NVIDIA, FP64), sort(keys[HALF:], NVIDIA, FP64), HALF, NVIDIA, FP64)
+        first, second = sort(keys[:HALF], NVIDIA, FP64, one), sort(keys[HALF:], NVIDIA, FP64, one)
+        return merge(first, second, HALF, NVIDIA, FP64, one)
 
 
 @triton.jit
-def best_of(a, b, NVIDIA: tl.constexpr, FP64: tl.constexpr):
+def best_of(a, b, NVIDIA: tl.constexpr, FP64: tl.constexpr, one=None):
     """The len(a) best of two descending tuples, len(b) <= len(a), in no order: the first step of a bitonic merge."""
     kept = a[: len(a) - len(b)]
     for i in tl.static_range(len(b)):
-        kept = kept + (exchange(a[len(a) - len(b) + i], b[len(b) - 1 - i], NVIDIA, FP64)[0],)
+        kept = kept + (exchange(a[len(a) - len(b) + i], b[len(b) - 1 - i], NVIDIA, FP64, one)[0],)
     return kept
 
 
 @triton.jit
-def bitonic(keys, NVIDIA: tl.constexpr, FP64: tl.constexpr):
+def bitonic(keys, NVIDIA: tl.constexpr, FP64: tl.constexpr, one=None):
     """Sort, descending, a tuple that rises and then falls, or starts anywhere on such a circle; of a power of two."""
     HALF: tl.constexpr = len(keys) // 2
     if HALF == 0:
@@ -101,15 +118,15 @@ def bitonic(keys, NVIDIA: tl.constexpr, FP64: tl.constexpr):
     else:
         upper, lower = (), ()
         for i in tl.static_range(HALF):
-            larger, smaller = exchange(keys[i], keys[i + HALF], NVIDIA, FP64)
+            larger, smaller = exchange(keys[i], keys[i + HALF], NVIDIA, FP64, one)
             upper, lower = upper + (larger,), lower + (smaller,)
-        return bitonic(upper, NVIDIA, FP64) + bitonic(lower, NVIDIA, FP64)
+        return bitonic(upper, NVIDIA, FP64, one) + bitonic(lower, NVIDIA, FP64, one)
 
 
 @triton.jit
-def merge_best(a, b, K: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr):
+def merge_best(a, b, K: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr, one=None):
     """The K best of two descending tuples of the same length, descending."""
     if K == len(a) and K & (K - 1) == 0:
-        return bitonic(best_of(a, b, NVIDIA, FP64), NVIDIA, FP64)
+        return bitonic(best_of(a, b, NVIDIA, FP64, one), NVIDIA, FP64, one)
     else:
-        return merge(a, b, len(a), NVIDIA, FP64)[:K]
+        return merge(a, b, len(a), NVIDIA, FP64, one)[:K]

@@ -22,44 +22,61 @@ def allocate_rows(like, BYTES: tl.constexpr):
 
 
 @triton.jit
-def wait_for_rows(like):
-    """Wait until what this warp copies has arrived."""
-    tl.inline_asm_elementwise(
-        "cp.async.wait_all; bar.warp.sync 0xffffffff; mov.u32 $0, 0;", "=r,r", [like], tl.int32, False, 1
-    )
-
-
-@triton.jit
-def copy_rows(buffer, address, wanted, TILE_BYTES: tl.constexpr, VECTOR: tl.constexpr, PITCH: tl.constexpr):
+def copy_rows(buffer, address, wanted, TILE_BYTES: tl.constexpr, VECTOR: tl.constexpr, PITCH: tl.constexpr,
+              PARTS: tl.constexpr, PRIORITY: tl.constexpr):  # fmt: skip
     """Start copying the TILE_BYTES at every lane's global address into its warp's buffer, VECTOR bytes at a time.
 
     buffer: the warp's shared memory, where lane i finds its bytes at i * PITCH. wanted: whether to copy at all; a
-    branch around the last copy of a loop would make the compiler peel off a whole iteration.
+    branch around the last copy of a loop would make the compiler peel off a whole iteration. PARTS: equal pieces of
+    every row, of which `wait_for_rows` can wait for each. PRIORITY: of what is read, in L2: "evict_first", or
+    "evict_normal".
     """
     lane = tl.arange(0, buffer.shape[0]) % 32
-    PER_ROW: tl.constexpr = TILE_BYTES // VECTOR
+    PER_ROW: tl.constexpr = TILE_BYTES // (VECTOR * PARTS)
     MODE: tl.constexpr = "cg" if VECTOR == 16 else "ca"
     sync_warp(lane)
-    for step in tl.static_range(PER_ROW):
-        vector = step * 32 + lane
-        owner, offset = vector // PER_ROW, vector % PER_ROW * VECTOR
-        tl.inline_asm_elementwise(
-            f"""{{
-            .reg .b32 low, high;
-            .reg .b64 source;
-            .reg .pred p;
-            setp.ne.s32 p, $5, 0;
-            mov.b64 {{low, high}}, $2;
-            shfl.sync.idx.b32 low, low, $3, 31, 0xffffffff;
-            shfl.sync.idx.b32 high, high, $3, 31, 0xffffffff;
-            mov.b64 source, {{low, high}};
-            add.s64 source, source, $4;
-            @p cp.async.{MODE}.shared.global [$1], [source], {VECTOR};
-            mov.u32 $0, 0;
-            }}""",
-            "=r,r,l,r,l,r", [buffer + owner * PITCH + offset, address, owner, offset.to(tl.int64), wanted], tl.int32,
-            False, 1,
-        )  # fmt: skip
+    policy = tl.inline_asm_elementwise(
+        f"createpolicy.fractional.L2::{PRIORITY}.b64 $0, 1.0;", "=l,r", [lane], tl.int64, True, 1
+    )
+    for part in tl.static_range(PARTS):
+        for step in tl.static_range(PER_ROW):
+            vector = step * 32 + lane
+            owner, offset = vector // PER_ROW, (part * PER_ROW + vector % PER_ROW) * VECTOR
+            tl.inline_asm_elementwise(
+                f"""{{
+                .reg .b32 low, high;
+                .reg .b64 source;
+                .reg .pred p;
+                setp.ne.s32 p, $5, 0;
+                mov.b64 {{low, high}}, $2;
+                shfl.sync.idx.b32 low, low, $3, 31, 0xffffffff;
+                shfl.sync.idx.b32 high, high, $3, 31, 0xffffffff;
+                mov.b64 source, {{low, high}};
+                add.s64 source, source, $4;
+                @p cp.async.{MODE}.shared.global.L2::cache_hint [$1], [source], {VECTOR}, $6;
+                mov.u32 $0, 0;
+                }}""",
+                "=r,r,l,r,l,r,l",
+                [buffer + owner * PITCH + offset, address, owner, offset.to(tl.int64), wanted, policy],
+                tl.int32, False, 1,
+            )  # fmt: skip
+        tl.inline_asm_elementwise("cp.async.commit_group; mov.u32 $0, 0;", "=r,r", [lane], tl.int32, False, 1)
+
+
+@triton.jit
+def wait_for_rows(part, PARTS: tl.constexpr):
+    """Wait until the parts up to `part`, counted from 0, of what this warp copied last have arrived."""
+    WAITS: tl.constexpr = _waits(PARTS)
+    tl.inline_asm_elementwise(
+        f"{{ .reg .pred p; {WAITS} bar.warp.sync 0xffffffff; mov.u32 $0, 0; }}", "=r,r", [part], tl.int32, False, 1
+    )
+
+
+@triton.constexpr_function
+def _waits(parts):
+    """PTX that waits for part $1: an instruction can only be told how many later ones it need not wait for."""
+    later = (f"setp.eq.s32 p, $1, {part}; @p cp.async.wait_group {parts - 1 - part};" for part in range(parts - 1))
+    return " ".join((*later, f"setp.eq.s32 p, $1, {parts - 1}; @p cp.async.wait_group 0;"))
 
 
 @triton.jit

@@ -356,11 +356,13 @@ def space_of(name):
 
 
 def compile_copy(name, operands):
-    if name == "cp.async.wait_all":
-        return lambda warp, active: warp.finish_copies()
-    if not re.fullmatch(r"cp\.async\.c[ag]\.shared(::cta)?\.global(\.L2::\d+B)?", name):
+    if name == "cp.async.commit_group":
+        return lambda warp, active: warp.commit_copies(active)
+    if name == "cp.async.wait_group":
+        return lambda warp, active: warp.finish_copies(int(operands[0]), active)
+    if not re.fullmatch(r"cp\.async\.c[ag]\.shared(::cta)?\.global(\.L2::cache_hint)?(\.L2::\d+B)?", name):
         raise LookupError(name)
-    target, source, size, *length = operands
+    target, source, size, *length = operands[:-1] if "cache_hint" in name else operands
     size, length = int(size), value_of(length[0] if length else size, "u32")
 
     def copy(warp, active):
@@ -426,6 +428,7 @@ def groups(members, active):
 VALUES = {
     "ld": compile_load, "mov": compile_move, "shfl": compile_shuffle, "vote": compile_vote, "redux": compile_vote,
     "activemask": lambda name, num_targets: lambda warp, active: (constant(int(np.sum(active << LANES))),),
+    "createpolicy": lambda name, num_targets, *fraction: lambda warp, active: (constant(0),),
 }  # fmt: skip
 
 
@@ -469,7 +472,7 @@ class Warp:
         shared = Memory(SHARED, np.full(program.shared_bytes + shared_bytes, 0xFF, np.uint8))
         private = Memory(PRIVATE, np.full(32 * program.private_bytes, 0xFF, np.uint8))
         self.memory = {"shared": [shared], "local": [private], "global": [Memory(*item) for item in memory.items()]}
-        self.copies = []  # (addresses, data, lanes) on their way to shared memory
+        self.copies, self.groups = [], []  # (addresses, data, lanes) on their way to shared memory, and lists of them
 
     def step(self, guard, targets, execute):
         active = guard(self) if guard else EVERYONE
@@ -488,10 +491,18 @@ class Warp:
             memory.forget()
         return ()
 
-    def finish_copies(self):
-        for copy in self.copies:
-            self.store("shared", *copy)
+    def commit_copies(self, active):
+        assert active.all(), "lanes differ in how many groups of copies they have"
+        self.groups.append(self.copies)
         self.copies = []
+        return ()
+
+    def finish_copies(self, unfinished, active):
+        """All groups but the last `unfinished`."""
+        assert active.all(), "not all lanes wait"
+        while len(self.groups) > unfinished:
+            for copy in self.groups.pop(0):
+                self.store("shared", *copy)
         return ()
 
     def addresses(self, space, operand, size, active):

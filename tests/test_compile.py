@@ -35,7 +35,7 @@ KERNELS = {
         "TILE_N": 64,
         "TILE_K": 4,
         "CHUNK": 4,
-        "INDEX_BITS": {"bf16": 16, "fp32": 32},
+        "WIDE_KEYS": False,
         "STREAMED": True,
         "NUM_CANDIDATES": 8,
         "SIDE": 2,

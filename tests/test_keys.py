@@ -23,12 +23,13 @@ def key_kernel(values_ptr, keys_ptr, back_ptr, num_values, NVIDIA: tl.constexpr,
 
 
 @triton.jit
-def pack_kernel(values_ptr, index_ptr, packed_ptr, value_back_ptr, index_back_ptr, num_values, TILE_M: tl.constexpr):
+def pack_kernel(values_ptr, index_ptr, packed_ptr, value_back_ptr, index_back_ptr, num_values, KEY: tl.constexpr,
+                TILE_M: tl.constexpr):  # fmt: skip
     offsets = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
     mask = offsets < num_values
     values = tl.load(values_ptr + offsets, mask=mask, other=0.0)
-    packed = keys.pack(values, tl.load(index_ptr + offsets, mask=mask, other=0))
-    value_back, index_back = keys.unpack(packed)
+    packed = keys.pack(values, tl.load(index_ptr + offsets, mask=mask, other=0), KEY)
+    value_back, index_back = keys.unpack(packed, KEY)
     tl.store(packed_ptr + offsets, packed, mask=mask)
     tl.store(value_back_ptr + offsets, value_back, mask=mask)
     tl.store(index_back_ptr + offsets, index_back, mask=mask)
@@ -46,8 +47,9 @@ def to_keys(values):
     return results[0]
 
 
-def pack(values, index):
-    return launch(pack_kernel, [values, index], [torch.int64, torch.float32, torch.int32])
+def pack(values, index, key=tl.float32):
+    key_dtype = torch.int64 if key == tl.float32 else torch.int32
+    return launch(pack_kernel, [values, index], [key_dtype, torch.float32, torch.int32], KEY=key)
 
 
 def every_16_bit_pattern(dtype, device):
@@ -65,6 +67,27 @@ def test_every_16_bit_float_keeps_its_place(dtype, device):
     assert torch.equal(sorted_keys.diff() > 0, finite.diff() > 0)
     assert (sorted_keys.diff() >= 0).all()
     assert (key[values.isnan()] > key[values == INF]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_32_bits_hold_a_16_bit_float_and_its_index(dtype, device):
+    values = every_16_bit_pattern(dtype, device)
+    index = torch.arange(len(values), device=device, dtype=torch.int32).flip(0)
+    packed, value_back, index_back = pack(
+        values, index, {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
+    )
+    assert_same_bits([value_back, index_back], [values + 0.0, index])
+    assert torch.equal(packed.argsort(), pack(values, index)[0].argsort())
+
+
+@pytest.mark.parametrize("bits", [5, 8])
+def test_32_bits_hold_the_upper_bits_of_a_float_and_its_index(bits, device):
+    values = torch.randn(1 << bits, device=device) * torch.logspace(-30, 30, 1 << bits, device=device)
+    index = torch.arange(len(values), device=device, dtype=torch.int32)
+    packed, value_back, index_back = pack(values, index, bits)
+    assert_same_bits([index_back], [index])
+    assert ((value_back - values).abs() <= values.abs() * 2.0 ** (bits - 23)).all()
+    assert (value_back[packed.argsort()].diff() >= 0).all()
 
 
 @given(st.lists(st.floats(width=32), min_size=2, max_size=50))

@@ -219,7 +219,9 @@ def test_rungs_change_the_constants_they_name_and_nothing_else(monkeypatch, devi
         speed.RIVALS[name].route(*speed.logits(speed.Case(1024, 256, 15, "bf16")), 15)  # a case of this test alone
     *changed, own = launches
     changed = [{name: launch[name] for name in own if launch[name] != own[name]} for launch in changed]
-    one_warp = {"programs": 64, "TILE_M": 32, "num_warps": 1}
+    kept = {"PRIORITY": "evict_normal"}
+    straight = kept | {"ADDED": False, "LOOPED": False}
+    one_warp = straight | {"programs": 64, "TILE_M": 32, "num_warps": 1}
     assert (own["programs"], own["LANES"]) == (32, 2)
     long_pairs = one_warp | {"NARROW": False}
     assert changed == [
@@ -229,6 +231,9 @@ def test_rungs_change_the_constants_they_name_and_nothing_else(monkeypatch, devi
         long_pairs | {"FP64": False},
         long_pairs,
         one_warp,
+        straight,
+        kept | {"ADDED": False},
+        kept,
     ]
 
 
