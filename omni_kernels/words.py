@@ -15,10 +15,24 @@ import triton.language as tl
 
 @triton.jit
 def allocate_rows(like, BYTES: tl.constexpr):
-    """Shared memory for this program: its address, in every thread of `like`."""
+    """Shared memory for this program: its address, in every thread of `like`.
+
+    The factor, 1 in a way that is not known beforehand, keeps the address out of the registers that the lanes of a warp
+    share. From there the assembler of Triton 3.6 makes illegal instructions of copies that have a cache policy.
+    """
     return tl.inline_asm_elementwise(
-        f"{{ .shared .align 16 .b8 rows[{BYTES}]; mov.u32 $0, rows; }}", "=r,r", [like], tl.int32, False, 1
-    )
+        f"""{{
+        .shared .align 16 .b8 rows[{BYTES}];
+        .reg .b32 lane, same;
+        mov.u32 lane, %laneid;
+        shfl.sync.idx.b32 same, lane, lane, 31, 0xffffffff;
+        sub.s32 same, same, lane;
+        add.s32 same, same, 1;
+        mov.u32 $0, rows;
+        mul.lo.s32 $0, $0, same;
+        }}""",
+        "=r,r", [like], tl.int32, False, 1,
+    )  # fmt: skip
 
 
 @triton.jit
