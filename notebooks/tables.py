@@ -24,10 +24,14 @@ SETTING = ["gpu", "torch", "triton", "source"]  # rows that agree in these were 
 
 @functools.cache
 def setting():
-    """What a row is measured on: the GPU, the versions, a hash of the package's source, its commit, and the date."""
+    """What a row is measured on: the GPU, the versions, a hash of the package's source, its commit, and the date.
+
+    configs.py is left out: it lists what tuning tries, which changes with what was measured.
+    """
     source = hashlib.sha256()
     for path in sorted((REPOSITORY / "omni_kernels").glob("*.py")):
-        source.update(path.read_bytes())
+        if path.name != "configs.py":
+            source.update(path.read_bytes())
     command = ["git", "-C", str(REPOSITORY), "rev-parse", "--short=12", "HEAD"]
     commit = os.environ.get("OMNI_COMMIT")  # of what this is a copy, where its own history would not tell
     if not commit:

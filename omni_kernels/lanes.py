@@ -655,14 +655,15 @@ def lanes_kernel(
         best, poison, odd, columns, NUM_EXPERT_SQRT, RANKS, K, SIDE, SPLIT, DTYPE, ROW_BITS, NARROW, NVIDIA, FP64,
         one,
     )  # fmt: skip
-    for _ in tl.range(tl.max(lost, 0) if NARROW else 0):
-        again = ()
-        for rank in tl.static_range(RANKS):
-            again = again + (hide(best[rank]),)  # or what both ways have in common would stay in registers
-        scores, indices, lost = _select_pairs(
-            again, poison, odd, columns, NUM_EXPERT_SQRT, RANKS, K, SIDE, SPLIT, DTYPE, ROW_BITS, False, NVIDIA,
-            FP64, None,
-        )  # fmt: skip
+    if NARROW:
+        for _ in tl.range(tl.max(lost, 0)):
+            again = ()
+            for rank in tl.static_range(RANKS):
+                again = again + (hide(best[rank]),)  # or what both ways have in common would stay in registers
+            scores, indices, lost = _select_pairs(
+                again, poison, odd, columns, NUM_EXPERT_SQRT, RANKS, K, SIDE, SPLIT, DTYPE, ROW_BITS, False, NVIDIA,
+                FP64, None,
+            )  # fmt: skip
 
     SLOTS: tl.constexpr = K // 2 if SPLIT else K
     writes = inside & (lane % LANES < (2 if SPLIT else 1))

@@ -9,6 +9,7 @@ import pkgutil
 import re
 import subprocess
 import tempfile
+import warnings
 
 import pytest
 import torch
@@ -145,5 +146,7 @@ def test_no_copy_adds_a_shared_register_to_its_address(binaries):
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("error")  # nobody wants to read them in a notebook
+    warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION")  # Triton 3.9 tells everyone
     with multiprocessing.Pool() as pool:
         print(json.dumps(pool.map(compile_kernel, cases(), chunksize=1)))
