@@ -14,6 +14,7 @@ import pandas as pd
 import seaborn as sns
 import tables
 import torch
+from matplotlib.colors import LogNorm
 from routing_study import BLUE, GREEN, ORANGE, RED, save_figure
 from speed_study import (
     CASE,
@@ -212,13 +213,15 @@ def repeats_table(rows):
 
 
 def draw_repeats(rows):
-    """By how much each number moved between runs, a panel for each backward, on one scale."""
+    """By how much each number moved between runs, a panel for each backward, on one scale; white: not at all."""
     names = list(dict.fromkeys(rows.rival))
     figure, panels = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3.9), layout="constrained")
-    largest = max(rows.spread.max(), 1e-12)
+    moved = rows.spread[rows.spread > 0]
+    scale = LogNorm(moved.min(), moved.max()) if len(moved) else LogNorm()
     for axes, name in zip(panels, names, strict=True):
         image = rows[rows.rival == name].pivot(index="token", columns="column", values="spread")
-        drawn = axes.imshow(image, cmap="rocket_r", vmin=0, vmax=largest, aspect="auto", interpolation="nearest")
+        image = np.ma.masked_equal(image.to_numpy(), 0)
+        drawn = axes.imshow(image, cmap="rocket_r", norm=scale, aspect="auto", interpolation="nearest")
         axes.set(title=name, xlabel="column of the gradient", ylabel="token")
         axes.grid(False)
     figure.colorbar(drawn, ax=panels, label="largest − smallest of all runs")
@@ -281,7 +284,7 @@ def draw_precision(rows):
     """What rounding the logits costs: experts that change, and the error of the gradient."""
     figure, panels = plt.subplots(1, 2, figsize=(9.5, 3.6))
     rows = rows[rows.rival != "fp32"]
-    case = "N=" + rows.num_expert_sqrt.astype(str) + " k=" + rows.k.astype(str)
+    case = "N=" + rows.num_expert_sqrt.astype(str) + "\nk=" + rows.k.astype(str)
     colors = dict(
         zip(list(ROUTES)[1:], (BLUE, sns.light_palette(BLUE)[3], ORANGE, sns.light_palette(ORANGE)[3]), strict=True)
     )
@@ -291,8 +294,10 @@ def draw_precision(rows):
         data = pd.DataFrame({"case": case, "routed in": rows.rival, label: 100 * rows[column]})
         sns.barplot(data, x="case", y=label, hue="routed in", palette=colors, ax=axes, legend=axes is panels[0])
         axes.set(yscale="log", xlabel="")
-    panels[0].legend(fontsize=8, title="", ncol=4, loc="lower left", bbox_to_anchor=(0, 1.02))
-    figure.tight_layout()
+    handles, labels = panels[0].get_legend_handles_labels()
+    panels[0].get_legend().remove()
+    figure.legend(handles, labels, fontsize=8, ncol=4, loc="upper center")
+    figure.tight_layout(rect=(0, 0, 1, 0.93))
     return figure
 
 
