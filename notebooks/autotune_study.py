@@ -123,7 +123,7 @@ def launch(problem, config, device, arch):
                       "NUM_CANDIDATES": candidates, "SIDE": math.isqrt(k)}  # fmt: skip
     elif kernel == "lanes":
         function, args = lanes.lanes_kernel, logits
-        rule = lanes._constants(n, k, x.dtype, 16, arch in FAST_DOUBLES, constants["LANES"])
+        rule = lanes._constants(n, k, x.dtype, 16, arch in FAST_DOUBLES, False, constants["LANES"])
         looped = rule["LOOPED"] and rule["CHUNK"] == constants["CHUNK"]
         constants = {**rule, **constants, "TILE_M": 32 * config.num_warps, "LOOPED": looped}
     else:

@@ -305,7 +305,15 @@ FIRST_CALLS = [
     (OMNI, Case(16, 256, 16, "bf16")), (OMNI, MAIN), (OMNI, FP32), (OMNI, MAIN._replace(k=128)),
     (ORIGINAL, Case(1024, 64, 16, "bf16")), (OPTIMIZED, Case(1024, 64, 16, "bf16")),
 ]  # fmt: skip
-TABLES = TIMED | {"memory": MEMORY, "first_calls": FIRST_CALLS}
+# How the same logits may lie in memory.
+LAYOUTS = {
+    "rows": lambda logits: logits,
+    "rows of a wider matrix": lambda logits: torch.cat([logits, logits], 1)[:, : logits.shape[1]],
+    "columns": lambda logits: logits.t().contiguous().t(),
+}
+TABLES = TIMED | {
+    "layouts": [(case, list(LAYOUTS)) for case in (MAIN, FP32)], "memory": MEMORY, "first_calls": FIRST_CALLS
+}  # fmt: skip
 GUIDE_EXPECTS = {64: (10, 20), 128: (15, 25), 256: (20, 35)}  # percent
 
 
@@ -353,13 +361,15 @@ def measure(again="OMNI_AGAIN" in os.environ):
         return dict.fromkeys(TABLES, "not measured: no GPU here")
     work = {table: cases for table, cases in TABLES.items() if again or tables.measured_here(table).empty}
     start = time.perf_counter()
-    ahead = attempt(_compile_ahead, [pair for table in work if table != "first_calls" for pair in work[table]])
+    compiled = [table for table in work if table not in ("layouts", "first_calls")]
+    ahead = attempt(_compile_ahead, [pair for table in compiled for pair in work[table]])
     done = dict.fromkeys(TABLES, "measured before")
     if work:
         done = {"compiled ahead": ahead["error"] if ahead else f"in {time.perf_counter() - start:.0f} s"} | done
     for table in work:
         start = time.perf_counter()
-        rows = {"memory": memory_rows, "first_calls": first_call_rows}.get(table, timed_rows)
+        others = {"layouts": layout_rows, "memory": memory_rows, "first_calls": first_call_rows}
+        rows = others.get(table, timed_rows)
         failed = attempt(lambda rows=rows, table=table: tables.append(table, rows(work[table])))
         done[table] = failed["error"] if failed else f"measured now, in {time.perf_counter() - start:.0f} s"
     return done
@@ -376,6 +386,25 @@ def timed_rows(work):
         unknown = dict.fromkeys([*QUANTILES, "check", "error"])
         for name in names:
             rows.append({"rival": name, **known, **unknown, **attempt(timed, name, method, x, y, case.k, want)})
+    return rows
+
+
+def layout_rows(work):
+    """The rows of the layouts table: `omni_router` on the same logits, which lie differently in memory."""
+    rows = []
+    for case, names in work:
+        factors = logits(case)
+        want = reference(*factors, case.k)
+        known = {
+            **case._asdict(),
+            "method": "do_bench",
+            "floor_us": floor_us(case, limits()["bandwidth_gbs"]),
+            **limits(),
+        }
+        for name in names:
+            x, y = map(LAYOUTS[name], factors)
+            found = attempt(timed, OMNI, "do_bench", x, y, case.k, want)
+            rows.append({"rival": OMNI, "layout": name, **known, **found})
     return rows
 
 
@@ -565,7 +594,7 @@ def latest(table):
     if rows.empty:
         return rows
     rows = rows.merge(rows.drop_duplicates("gpu", keep="last")[tables.SETTING], on=tables.SETTING)
-    rows = rows.drop_duplicates(["gpu", "rival", *CASE, *rows.columns.intersection(["cache"])], keep="last")
+    rows = rows.drop_duplicates(["gpu", "rival", *CASE, *rows.columns.intersection(["cache", "layout"])], keep="last")
     order = rows.gpu.map(lambda gpu: ("H100" not in gpu, gpu))
     return rows.assign(gpu_order=order).sort_values("gpu_order", kind="stable").drop(columns="gpu_order")
 
@@ -636,6 +665,16 @@ def targets_table(rows):
         lines.append((*case, microseconds(floor), microseconds(ours), share(floor, ours), check, best))
     header = ["tokens", "N", "k", "dtype", "floor, µs", "`omni_router`, µs", "of the floor's speed", "result"]
     return markdown([*header, "best rival, and how many times its time is"], lines)
+
+
+def layouts_table(rows):
+    """omni_router of one GPU on logits that lie differently in memory."""
+    lines = [
+        (row.layout, row.num_tokens, row.num_expert_sqrt, row.k, row.dtype, microseconds(row.us),
+         share(row.floor_us, row.us), row.check)
+        for row in rows.itertuples()
+    ]  # fmt: skip
+    return markdown(["logits lie in", "tokens", "N", "k", "dtype", "µs", "of the floor's speed", "result"], lines)
 
 
 def guide_table(rows):

@@ -32,6 +32,7 @@ from .keys import float_to_key, index_bits, pack, pack_wide, unpack, unpack_wide
 from .networks import best_of, bitonic, exchange, is_less, merge, merge_best, sort
 from .words import (
     allocate_rows,
+    copy_columns,
     copy_rows,
     hide,
     load_shared,
@@ -39,9 +40,11 @@ from .words import (
     load_words,
     partner,
     partners,
+    square_of_lane,
     store_row,
     store_shared,
     sync_warp,
+    transpose_halves,
     unpack_word,
     wait_for_rows,
 )
@@ -106,18 +109,10 @@ def _keys_of_maxima(row, first_chunk, DTYPE: tl.constexpr, CHUNKS: tl.constexpr,
             if i + 1 == len(maxima):
                 keys = keys + _keys((_maximum(unpack_word(maxima[i], DTYPE)),), chunk, KEY, True, FP64)
             else:
-                lows, highs = _transpose_halves(maxima[i], maxima[i + 1])
+                lows, highs = transpose_halves(maxima[i], maxima[i + 1])
                 pair = _larger_halves(lows, highs, DTYPE)
                 keys = keys + _keys_of_word(pair, _reversed_columns(row, chunk), DTYPE)
     return keys
-
-
-@triton.jit
-def _transpose_halves(a, b):
-    """(low half of a, low half of b) and (high half of a, high half of b), as words."""
-    return tl.inline_asm_elementwise(
-        "prmt.b32 $0, $2, $3, 0x5410; prmt.b32 $1, $2, $3, 0x7632;", "=&r,=r,r,r", [a, b], (tl.int32, tl.int32), True, 1
-    )
 
 
 @triton.jit
@@ -560,8 +555,8 @@ def lanes_kernel(
     num_tokens,
     NUM_EXPERT_SQRT: tl.constexpr, K: tl.constexpr, SIDE: tl.constexpr,
     LANES: tl.constexpr, SEGMENT: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, GROUP: tl.constexpr,
-    CHUNK: tl.constexpr, VECTOR: tl.constexpr, STAGED: tl.constexpr, PRIORITY: tl.constexpr, LOOPED: tl.constexpr,
-    HALVED: tl.constexpr, NARROW: tl.constexpr, ADDED: tl.constexpr, ROW_BITS: tl.constexpr,
+    CHUNK: tl.constexpr, VECTOR: tl.constexpr, STAGED: tl.constexpr, TRANSPOSED: tl.constexpr, PRIORITY: tl.constexpr,
+    LOOPED: tl.constexpr, HALVED: tl.constexpr, NARROW: tl.constexpr, ADDED: tl.constexpr, ROW_BITS: tl.constexpr,
     NVIDIA: tl.constexpr, FP64: tl.constexpr,
 ):  # fmt: skip
     RANKS: tl.constexpr = min(K, NUM_EXPERT_SQRT)
@@ -592,7 +587,17 @@ def lanes_kernel(
             PITCH: tl.constexpr = (VECTORS + 1 - VECTORS % 2) * VECTOR
             buffer = allocate_rows(lane, TILE_M * PITCH) + lane // 32 * (32 * PITCH)
             PARTS: tl.constexpr = TILE_N // (CHUNK * GROUP) if LOOPED else 1
-            copy_rows(buffer, segment, (lane >= 0).to(tl.int32), TILE_N * BYTES, VECTOR, PITCH, PARTS, PRIORITY)
+            wanted = (lane >= 0).to(tl.int32)
+            if TRANSPOSED:
+                token, factor, square = square_of_lane(lane % 32, BYTES)
+                token = tl.program_id(0).to(tl.int64) * (TILE_M // 2) + lane // 32 * 16 + token
+                token = tl.minimum(token, num_tokens - 16 // BYTES)
+                column_bytes = tl.where(factor == 0, stride_xn, stride_yn).to(tl.int64) * BYTES
+                squares = tl.where(factor == 0, x_ptr, y_ptr).to(tl.int64) + token * BYTES
+                squares += square * (16 // BYTES) * column_bytes
+                copy_columns(buffer, squares, column_bytes, wanted, TILE_N, BYTES, PITCH)
+            else:
+                copy_rows(buffer, segment, wanted, TILE_N * BYTES, VECTOR, PITCH, PARTS, PRIORITY)
         # Where 32-bit keys do for fp32 logits, nearly always, two more than K tell.
         SORT_KEY: tl.constexpr = _bit_length(TILE_N - 1) if HALVED else DTYPE
         LISTED: tl.constexpr = min(OWN + 2, TILE_N) if HALVED else OWN
@@ -616,11 +621,17 @@ def lanes_kernel(
             if HALVED:
                 more = more if LOOPED else _best_of_groups(keys, LISTED, GROUP, NVIDIA, FP64, one)
                 more = _exact_keys(more, row, doubt, DTYPE, TILE_N, OWN, GROUP, VECTOR, SORT_KEY, FP64)
-            if STAGED:  # where the tile is not read again
+            if STAGED and TILES > 1:  # where the tile is not read again
                 wanted = (lane * 0 + step + 1 < TILES).to(tl.int32)
-                copy_rows(
-                    buffer, segment + (column + TILE_N) * BYTES, wanted, TILE_N * BYTES, VECTOR, PITCH, PARTS, PRIORITY
-                )  # fmt: skip
+                next_column = (column + TILE_N).to(tl.int64)
+                if TRANSPOSED:
+                    copy_columns(
+                        buffer, squares + next_column * column_bytes, column_bytes, wanted, TILE_N, BYTES, PITCH
+                    )  # fmt: skip
+                else:
+                    copy_rows(
+                        buffer, segment + next_column * BYTES, wanted, TILE_N * BYTES, VECTOR, PITCH, PARTS, PRIORITY
+                    )  # fmt: skip
             if not (LOOPED or HALVED):
                 more = _best_of_groups(keys, OWN, GROUP, NVIDIA, FP64, one)
             if TILES == 1:
@@ -694,8 +705,9 @@ def lanes_forward(router_logits_x, router_logits_y, num_experts_per_token, score
 
     Args:
         router_logits_x, router_logits_y: (num_tokens, N), fp32, fp16 or bf16, on an NVIDIA GPU from Ampere on (or on
-            the CPU under Triton's interpreter), at least one token, N as far as `runs_on` says. Any strides, but rows
-            that are not contiguous, 4-byte aligned and a multiple of a tile long are read one logit at a time.
+            the CPU under Triton's interpreter), at least one token, N as far as `runs_on` says. Any strides, but
+            logits are read one at a time unless rows are contiguous, 4-byte aligned and a multiple of a tile long, or
+            `columns_are_vectors` and there are many tokens.
         num_experts_per_token: k, from 1 to MAX_EXPERTS_PER_TOKEN.
         scores_dtype: fp32, fp16 or bf16.
 
@@ -707,7 +719,7 @@ def lanes_forward(router_logits_x, router_logits_y, num_experts_per_token, score
     x, y = kernel_input(router_logits_x), kernel_input(router_logits_y)
     scores = torch.empty((num_tokens, k), dtype=output_dtype(scores_dtype), device=device)
     indices = torch.empty((num_tokens, k), dtype=torch.int32, device=device)
-    problem = num_expert_sqrt, k, x.dtype, row_alignment(x, y), compares_doubles(device)
+    problem = num_expert_sqrt, k, x.dtype, row_alignment(x, y), compares_doubles(device), columns_are_vectors(x, y)
     args = x, y, scores, indices, *x.stride(), *y.stride(), num_tokens
     lanes = lanes_per_token(num_tokens, num_expert_sqrt, x.element_size(), device)
     with device_of(x):
@@ -729,16 +741,25 @@ def row_alignment(x, y):
     return min(16, starts & -starts)
 
 
+def columns_are_vectors(x, y):
+    """Whether every column of transposed logits is a whole number of 16-byte vectors, that begin at multiples of 16."""
+    if not x.stride(0) == y.stride(0) == 1:
+        return False
+    starts = x.data_ptr() | y.data_ptr() | (x.stride(1) | y.stride(1) | x.shape[0]) * x.element_size()
+    return starts % 16 == 0
+
+
 @functools.cache
-def _constants(num_expert_sqrt, k, dtype, alignment, fp64, lanes):
+def _constants(num_expert_sqrt, k, dtype, alignment, fp64, transposed, lanes):
     """The kernel's constants: among them how a lane reads its segment, in tiles, or logit by logit (TILE_N = 0).
 
-    alignment: of the rows, in bytes; 0 where their logits do not lie side by side. Short segments come straight from
-    global memory, where a staged copy would only add its latency.
+    alignment: of the rows, in bytes; 0 where their logits do not lie side by side. transposed: `columns_are_vectors`.
+    Short segments come straight from global memory, where a staged copy would only add its latency.
     """
     itemsize = dtype.itemsize
     row = num_expert_sqrt * itemsize
-    vector = min(alignment, row & -row)  # bytes of a load
+    transposed = transposed and lanes == 2 and num_expert_sqrt % (16 // itemsize) ** 2 == 0
+    vector = 16 if transposed else min(alignment, row & -row)  # bytes of a load
     ranks = min(k, num_expert_sqrt)
     group = min(32, max(8, 1 << (ranks - 1).bit_length()))
     reading = {"SEGMENT": -(-num_expert_sqrt // (lanes // 2)), "TILE_N": 0, "CHUNK": 1, "VECTOR": 0}
@@ -759,10 +780,12 @@ def _constants(num_expert_sqrt, k, dtype, alignment, fp64, lanes):
             tile_n = widest_tile(TILE_BYTES // itemsize // (2 if k > 16 else 1))
             chunks = (c for c in (4, 2) if 4 <= c * itemsize <= vector and tile_n % c == 0 and tile_n >= 2 * c * k)
             chunk = 1 if ragged else next(chunks, 1)
-        if tile_n >= min(segment, MIN_TILE):
+        turns = staged and tile_n % (16 // itemsize) ** 2 == 0
+        if tile_n >= min(segment, MIN_TILE) and (turns or not transposed):
             reading = {"SEGMENT": segment, "TILE_N": tile_n, "CHUNK": chunk, "VECTOR": vector}
         else:
-            staged = halved = False
+            staged = looped = halved = False
+    transposed = transposed and staged
     # A pair's sum may share 32 bits with row and rank where that leaves it the bits that sums of such logits have.
     sum_bits = 23 - (num_expert_sqrt - 1).bit_length() - (ranks - 1).bit_length()
     narrow = dtype == torch.bfloat16 and staged and k <= 16 and sum_bits >= SUM_BITS
@@ -772,8 +795,8 @@ def _constants(num_expert_sqrt, k, dtype, alignment, fp64, lanes):
     return {
         "NUM_EXPERT_SQRT": num_expert_sqrt, "K": k, "SIDE": min(math.isqrt(k), num_expert_sqrt), "LANES": lanes,
         "GROUP": group, "TILE_M": 1024 if interpreting() else warps * 32, **reading,
-        "STAGED": staged, "PRIORITY": "evict_first", "LOOPED": looped, "HALVED": halved, "NARROW": narrow,
-        "ADDED": staged and lanes == 2 and k <= 16, "ROW_BITS": _row_bits(k),
+        "STAGED": staged, "TRANSPOSED": transposed, "PRIORITY": "evict_first", "LOOPED": looped, "HALVED": halved,
+        "NARROW": narrow, "ADDED": staged and lanes == 2 and k <= 16, "ROW_BITS": _row_bits(k),
         "NVIDIA": not interpreting(), "FP64": fp64, "num_warps": warps,
     }  # fmt: skip
 

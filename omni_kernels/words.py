@@ -3,6 +3,7 @@
 Neighbouring lanes own neighbouring rows, so their plain loads would touch 32 cache lines at once. Instead the 32
 lanes of a warp copy their 32 rows together (cp.async, coalesced) into shared memory, rows an odd number of vectors
 apart so that reading down the rows meets every bank once. A warp shares its rows with nobody and waits for nobody else.
+Of transposed logits they read columns, and turn them around on the way.
 
 Triton offers no such copy, and it chooses a tensor's layout from the loads and stores it meets, searching everything
 connected to them: for a sorting network of thousands of operations that search alone takes minutes. So on NVIDIA GPUs
@@ -91,6 +92,86 @@ def _waits(parts):
     """PTX that waits for part $1: an instruction can only be told how many later ones it need not wait for."""
     later = (f"setp.eq.s32 p, $1, {part}; @p cp.async.wait_group {parts - 1 - part};" for part in range(parts - 1))
     return " ".join((*later, f"setp.eq.s32 p, $1, {parts - 1}; @p cp.async.wait_group 0;"))
+
+
+@triton.jit
+def transpose_halves(a, b):
+    """(low half of a, low half of b) and (high half of a, high half of b), as words."""
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $2, $3, 0x5410; prmt.b32 $1, $2, $3, 0x7632;", "=&r,=r,r,r", [a, b], (tl.int32, tl.int32), True, 1
+    )
+
+
+@triton.jit
+def copy_columns(buffer, address, stride, wanted, TILE_N: tl.constexpr, BYTES: tl.constexpr, PITCH: tl.constexpr):
+    """Read the rows of a warp's 16 tokens, of both factors, where the logits of a column lie side by side.
+
+    A lane reads 16 bytes of each of 8 columns of 16-bit logits, or of 4 of fp32, and writes as many bytes of as many
+    rows: it turns a square around. Row 2 * token + factor ends up at that multiple of PITCH, as `copy_rows` leaves it.
+
+    buffer: the warp's shared memory. address: of the first square of the lane that `square_of_lane` says. stride: from
+    column to column, in bytes. wanted: whether to read at all.
+    """
+    lane = tl.arange(0, buffer.shape[0]) % 32
+    SIDE: tl.constexpr = 16 // BYTES  # of a square
+    ROUND: tl.constexpr = 256 // BYTES  # columns read before any is written: more would not fit in registers
+    token, factor, square = square_of_lane(lane, BYTES)
+    rows = buffer + (token * 2 + factor) * PITCH + square * 16
+    sync_warp(lane)
+    for start in tl.static_range(0, TILE_N, ROUND):
+        columns = ()
+        for column in tl.static_range(start, min(start + ROUND, TILE_N), SIDE * SIDE):
+            for i in tl.static_range(SIDE):
+                columns = columns + (_load_wanted(address + (column + i) * stride, wanted),)
+        for first in tl.static_range(0, len(columns), SIDE):
+            offset = (start + first * SIDE) * BYTES
+            for word in tl.static_range(4):
+                if BYTES == 4:
+                    row = ()
+                    for i in tl.static_range(SIDE):
+                        row = row + (columns[first + i][word],)
+                    _store_words(rows + (word * 2 * PITCH + offset), row)
+                else:
+                    even, odd = (), ()
+                    for i in tl.static_range(0, SIDE, 2):
+                        low, high = transpose_halves(columns[first + i][word], columns[first + i + 1][word])
+                        even, odd = even + (low,), odd + (high,)
+                    _store_words(rows + (word * 4 * PITCH + offset), even)
+                    _store_words(rows + ((word * 4 + 2) * PITCH + offset), odd)
+    sync_warp(lane)
+
+
+@triton.jit
+def square_of_lane(lane, BYTES: tl.constexpr):
+    """The first token, the factor and the number in its row of a lane's first square in `copy_columns`."""
+    SIDE: tl.constexpr = 16 // BYTES
+    return lane // (2 * SIDE) * SIDE, lane // SIDE % 2, lane % SIDE
+
+
+@triton.jit
+def _load_wanted(address, wanted):
+    """Four words from global memory, zeros unless wanted."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        setp.ne.s32 p, $5, 0;
+        mov.b32 $0, 0;
+        mov.b32 $1, 0;
+        mov.b32 $2, 0;
+        mov.b32 $3, 0;
+        @p ld.global.v4.b32 {$0, $1, $2, $3}, [$4];
+        }""",
+        "=&r,=&r,=&r,=&r,l,r", [address, wanted], (tl.int32, tl.int32, tl.int32, tl.int32), False, 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_words(address, words):
+    """Four words to shared memory."""
+    tl.inline_asm_elementwise(
+        "st.shared.v4.b32 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0;", "=r,r,r,r,r,r",
+        [address, words[0], words[1], words[2], words[3]], tl.int32, False, 1,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -45,10 +45,11 @@ KERNELS = {
     "factored.factored_kernel of one expert": (100, 1),
     "forward.forward_kernel": {"TILE_M": 4, "TILE_N": 32},
     "frontier.frontier_kernel": (256, 64),
-    "lanes.lanes_kernel": (256, 8, 2),
-    "lanes.lanes_kernel of few tokens": (256, 8, 16),
-    "lanes.lanes_kernel of an odd number of vectors": (100, 8, 2),
-    "lanes.lanes_kernel in loops": (256, 16, 2),
+    "lanes.lanes_kernel": (256, 8, False, 2),
+    "lanes.lanes_kernel of few tokens": (256, 8, False, 16),
+    "lanes.lanes_kernel of an odd number of vectors": (100, 8, False, 2),
+    "lanes.lanes_kernel in loops": (256, 16, False, 2),
+    "lanes.lanes_kernel of transposed logits": (256, 16, True, 2),
     "original.backward_kernel": {"TILE_M": 64, "TILE_K": 16},
     "original.forward_kernel": {"TILE_M": 4, "TILE_N": 1024},
     "original.split_forward_kernel": {"TILE_M": 1, "TILE_N": 1024, "TILE_K": 16},
@@ -81,13 +82,13 @@ def argument_type(name, dtype):
     return f"*{dtype}" if name.endswith("_ptr") else "i32"
 
 
-def launched_constants(name, num_expert_sqrt, k, *num_lanes, arch, dtype):
+def launched_constants(name, num_expert_sqrt, k, *of_lanes, arch, dtype):
     """The constants that a kernel's launcher computes."""
     problem = num_expert_sqrt, k, DTYPES[dtype], 16, (arch // 10, arch % 10) in lanes.DOUBLES
     if name == "frontier":
         return frontier._constants(*problem) | {"num_warps": 1}
     if name == "lanes":
-        return lanes._constants(*problem, *num_lanes)
+        return lanes._constants(*problem, *of_lanes)
     launches = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(factored, "factored_kernel", collections.defaultdict(lambda: lambda *_, **c: launches.append(c)))

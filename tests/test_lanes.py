@@ -95,6 +95,34 @@ def test_layout_does_not_matter(num_expert_sqrt, k, dtype, device):
         assert_same_bits(route(view_x, view_y, k, 2), factored_router(view_x, view_y, k))
 
 
+@pytest.mark.parametrize(
+    ("num_expert_sqrt", "k", "dtype"),
+    [(16, 4, FP32), *([(64, 10, FP16), (256, 16, BF16), (256, 16, FP32), (1024, 32, BF16)] if ON_GPU else [])],
+    ids=case_id,
+)
+@pytest.mark.parametrize("num_tokens", [8, 40, 41])
+def test_transposed_logits(num_expert_sqrt, k, dtype, num_tokens, device):
+    """Columns that are vectors, and some that are not."""
+    x, y = (part[-num_tokens:] for part in adversarial_logits(num_expert_sqrt, dtype, device, repeats=2))
+    assert len(x) == num_tokens
+    want = factored_router(x, y, k)
+    columns_x, columns_y = (part.t().contiguous().t() for part in (x, y))
+    assert lanes.columns_are_vectors(columns_x, columns_y) == (num_tokens % 8 == 0)
+    assert_same_bits(route(columns_x, columns_y, k, 2), want)
+    assert_same_bits(route(columns_x, y, k, 2), want)
+
+
+def test_which_columns_are_vectors():
+    logits = torch.zeros(64, 40, dtype=BF16)
+    assert lanes.columns_are_vectors(logits.t(), logits.t())
+    assert lanes.columns_are_vectors(logits.t()[:32], logits.t()[8:])
+    assert not lanes.columns_are_vectors(logits, logits)
+    assert not lanes.columns_are_vectors(logits.t(), logits[:40, :40])
+    assert not lanes.columns_are_vectors(logits.t()[1:9], logits.t()[:8])  # begin in the middle of a vector
+    assert not lanes.columns_are_vectors(logits.t()[:36], logits.t()[:36])  # end in the middle of one
+    assert not lanes.columns_are_vectors(logits[:, :36].clone().t(), logits[:, :36].clone().t())
+
+
 @pytest.mark.parametrize("offset", [0, 1, 2, 4])
 def test_alignment_does_not_matter(offset, device):
     """Rows that begin at any multiple of 2 bytes, and some apart."""

@@ -26,7 +26,7 @@ class Case(NamedTuple):
     num_expert_sqrt: int
     k: int
     dtype: torch.dtype
-    alignment: int  # of the rows, in bytes; 0: transposed logits
+    alignment: int  # of the rows, in bytes; 0: transposed logits, read one at a time; -16: in vectors of a column
     fp64: bool
     lanes: int  # 0: frontier.py
     constants: dict  # among them, so that nobody changes what a case is about unseen
@@ -62,6 +62,12 @@ CASES = [
     Case(32, 7, FP32, 16, False, 2, {"HALVED": True, "TILE_N": 32, "CHUNK": 2}),
     Case(32, 10, FP32, 16, True, 2, {"HALVED": True, "TILE_N": 32, "CHUNK": 1}),
     Case(4, 9, FP32, 16, True, 2, {"HALVED": True, "TILE_N": 4, "CHUNK": 1}),
+    # Transposed, in squares; one tile, or two.
+    Case(64, 8, BF16, -16, True, 2, {"TRANSPOSED": True, "TILE_N": 64, "CHUNK": 4, "NARROW": True}),
+    Case(64, 10, FP16, -16, True, 2, {"TRANSPOSED": True, "TILE_N": 64, "CHUNK": 2}),
+    Case(512, 3, BF16, -16, True, 2, {"TRANSPOSED": True, "TILE_N": 256, "CHUNK": 4}),
+    Case(256, 3, FP32, -16, False, 2, {"TRANSPOSED": True, "TILE_N": 128, "HALVED": True}),
+    Case(128, 9, FP32, -16, True, 2, {"TRANSPOSED": True, "LOOPED": True, "HALVED": True}),
     # Logit by logit.
     Case(33, 5, BF16, 2, True, 4, {"TILE_N": 0}),
     Case(7, 5, FP16, 0, True, 4, {"TILE_N": 0}),
@@ -81,12 +87,17 @@ CASES = [
 def constants_of(case):
     """As the launcher has them, but for one warp."""
     *problem, num_lanes, expected = case
-    constants = dict(lanes._constants(*problem, num_lanes) if num_lanes else frontier._constants(*problem))
+    if num_lanes:
+        alignment = max(case.alignment, 0)
+        problem = *problem[:3], alignment, case.fp64, case.alignment < 0
+        constants = dict(lanes._constants(*problem, num_lanes))
+    else:
+        constants = dict(frontier._constants(*problem))
     differing = {name: constants[name] for name, value in expected.items() if constants[name] != value}
     assert not differing, f"{case}: {differing}"
     constants.pop("num_warps", None)
     constants |= {"TILE_M": 32} if num_lanes else {}
-    return constants | ({"stride_xn": 1, "stride_yn": 1} if case.alignment else {})
+    return constants | ({"stride_xn": 1, "stride_yn": 1} if case.alignment > 0 else {})
 
 
 def compile_case(position):
@@ -140,7 +151,11 @@ def logits_of(case, tokens_per_warp):
         rounded[:2], rounded[-1] = torch.tensor([3.25, 3.5]), 3.25 + 2.0**-22
         parts.insert(1, close_logits(case.num_expert_sqrt, case.k, apart=tokens_per_warp if case.lanes else 1))
     x, y = (torch.cat(factor) for factor in zip(*parts, strict=True))
-    return (x, y) if case.alignment else (x.t().contiguous().t(), y.t().contiguous().t())
+    if case.alignment > 0:
+        return x, y
+    if case.alignment < 0:  # a multiple of 8 tokens, but not of 16
+        x, y = (factor[-((len(x) - 8) // 16 * 16 + 8) :] for factor in (x, y))
+    return x.t().contiguous().t(), y.t().contiguous().t()
 
 
 @pytest.mark.parametrize("position", range(len(CASES)), ids=map(str, CASES))

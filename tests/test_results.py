@@ -167,11 +167,28 @@ def test_a_rival_that_fails_is_a_row(monkeypatch, device):
     ]
 
 
+def test_layouts_hold_the_same_logits():
+    logits = torch.arange(12.0).view(4, 3)
+    views = {name: lay_out(logits) for name, lay_out in speed.LAYOUTS.items()}
+    assert all(torch.equal(view, logits) for view in views.values())
+    assert {name: view.stride() for name, view in views.items()} == {
+        "rows": (3, 1), "rows of a wider matrix": (6, 1), "columns": (1, 4),
+    }  # fmt: skip
+
+
+def test_layouts_are_told(no_tables, monkeypatch):
+    monkeypatch.setattr(speed, "timed", lambda *_: {"us": 50.0, "check": "equal"})
+    monkeypatch.setattr(speed, "limits", lambda: LIMITS)
+    add_run(monkeypatch, "A GPU", "new", "layouts", *speed.layout_rows([(SMALL, list(speed.LAYOUTS))]))
+    lines = speed.told("layouts", speed.layouts_table).splitlines()[4:]
+    assert [line.split(" | ")[0] for line in lines] == [f"| {name}" for name in speed.LAYOUTS]
+
+
 def test_what_is_measured_is_not_measured_again(no_tables, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(speed, "_compile_ahead", compiled.append)
-    for function in ("timed_rows", "memory_rows", "first_call_rows"):
+    for function in ("timed_rows", "layout_rows", "memory_rows", "first_call_rows"):
         monkeypatch.setattr(speed, function, lambda work: [row(MAIN, speed.OMNI, 50.0)])
     add_run(monkeypatch, "A GPU", "new", "ladder", row(MAIN, speed.OMNI, 50.0))
     done = speed.measure(again=False)
@@ -179,7 +196,7 @@ def test_what_is_measured_is_not_measured_again(no_tables, monkeypatch):
     assert done.pop("ladder") == "measured before"
     assert all(what.startswith("measured now") for what in done.values())
     assert len(compiled[0]) == sum(
-        len(work) for table, work in speed.TABLES.items() if table not in ("ladder", "first_calls")
+        len(work) for table, work in speed.TABLES.items() if table not in ("ladder", "layouts", "first_calls")
     )
     assert set(speed.measure(again=False).values()) == {"measured before"}
     again = speed.measure(again=True)
@@ -274,7 +291,7 @@ def test_a_table_that_cannot_be_measured_keeps_no_other_from_it(no_tables, monke
     monkeypatch.setattr(speed, "_compile_ahead", broken)
     add_run(monkeypatch, "A GPU", "new", "nothing", {})
     rows = [row(MAIN, speed.OMNI, 50.0)]
-    for function in ("timed_rows", "memory_rows"):
+    for function in ("timed_rows", "layout_rows", "memory_rows"):
         monkeypatch.setattr(speed, function, lambda work: rows)
     monkeypatch.setattr(speed, "first_call_rows", broken)
     done = speed.measure(again=True)
