@@ -114,7 +114,7 @@ def copy_columns(buffer, address, stride, wanted, TILE_N: tl.constexpr, BYTES: t
     """
     lane = tl.arange(0, buffer.shape[0]) % 32
     SIDE: tl.constexpr = 16 // BYTES  # of a square
-    ROUND: tl.constexpr = 256 // BYTES  # columns read before any is written: more would not fit in registers
+    ROUND: tl.constexpr = 256 // BYTES  # columns on their way at once; without the barrier all would be, in registers
     token, factor, square = square_of_lane(lane, BYTES)
     rows = buffer + (token * 2 + factor) * PITCH + square * 16
     sync_warp(lane)
@@ -138,7 +138,7 @@ def copy_columns(buffer, address, stride, wanted, TILE_N: tl.constexpr, BYTES: t
                         even, odd = even + (low,), odd + (high,)
                     _store_words(rows + (word * 4 * PITCH + offset), even)
                     _store_words(rows + ((word * 4 + 2) * PITCH + offset), odd)
-    sync_warp(lane)
+        sync_warp(lane)
 
 
 @triton.jit
