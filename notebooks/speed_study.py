@@ -381,11 +381,7 @@ def timed_rows(work):
     for case, names in work:
         x, y = logits(case)
         want = reference(x, y, case.k)
-        method = "graph" if case.num_tokens <= GRAPH_UP_TO else "do_bench"
-        known = {**case._asdict(), "method": method, "floor_us": floor_us(case, limits()["bandwidth_gbs"]), **limits()}
-        unknown = dict.fromkeys([*QUANTILES, "check", "error"])
-        for name in names:
-            rows.append({"rival": name, **known, **unknown, **attempt(timed, name, method, x, y, case.k, want)})
+        rows += [timed_row(name, case, x, y, want) for name in names]
     return rows
 
 
@@ -395,17 +391,16 @@ def layout_rows(work):
     for case, names in work:
         factors = logits(case)
         want = reference(*factors, case.k)
-        known = {
-            **case._asdict(),
-            "method": "do_bench",
-            "floor_us": floor_us(case, limits()["bandwidth_gbs"]),
-            **limits(),
-        }
-        for name in names:
-            x, y = map(LAYOUTS[name], factors)
-            found = attempt(timed, OMNI, "do_bench", x, y, case.k, want)
-            rows.append({"rival": OMNI, "layout": name, **known, **found})
+        rows += [{**timed_row(OMNI, case, *map(LAYOUTS[name], factors), want), "layout": name} for name in names]
     return rows
+
+
+def timed_row(name, case, x, y, want):
+    """A rival's row in a timed table, whether it can be timed or not."""
+    method = "graph" if case.num_tokens <= GRAPH_UP_TO else "do_bench"
+    known = {**case._asdict(), "method": method, "floor_us": floor_us(case, limits()["bandwidth_gbs"]), **limits()}
+    unknown = dict.fromkeys([*QUANTILES, "check", "error"])
+    return {"rival": name, **known, **unknown, **attempt(timed, name, method, x, y, case.k, want)}
 
 
 def timed(name, method, x, y, k, want):

@@ -161,7 +161,7 @@ def test_offsets_beyond_2_31_elements(device):
     ids=case_id,
 )
 def test_long_rows(num_expert_sqrt, k, dtype, device):
-    """Columns whose numbers take more bits than fp16 leaves free, and the longest rows."""
+    """Columns whose numbers take many bits of a key, and the longest rows."""
     x, y = torch.randn(2, 3, num_expert_sqrt, device=device).to(dtype)
     x[0, -1] = y[0, -1] = y[1, -1] = 10.0
     assert_same_bits(route(x, y, k, 16), factored_router(x, y, k))
