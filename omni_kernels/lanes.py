@@ -45,6 +45,7 @@ from .words import (
     store_shared,
     sync_warp,
     transpose_halves,
+    turn_columns,
     unpack_word,
     wait_for_rows,
 )
@@ -217,9 +218,9 @@ def _candidates_of_tile(row, skip, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K:
 
 
 @triton.jit
-def _best_in_loops(row, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K: tl.constexpr, LISTED: tl.constexpr,
-                   GROUP: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr, KEY: tl.constexpr,
-                   FP64: tl.constexpr, one):  # fmt: skip
+def _best_in_loops(row, buffer, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K: tl.constexpr, LISTED: tl.constexpr,
+                   GROUP: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr, PITCH: tl.constexpr,
+                   TRANSPOSED: tl.constexpr, KEY: tl.constexpr, FP64: tl.constexpr, one):  # fmt: skip
     """The keys (value, column) of the LISTED best of a tile's K best chunks, descending.
 
     In loops over groups of GROUP keys. The first begins with a part of the row while the rest is on its way. Also
@@ -234,6 +235,8 @@ def _best_in_loops(row, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K: tl.constex
     for group in tl.range(TILE_N // (CHUNK * GROUP)):
         wait_for_rows(none + group, TILE_N // (CHUNK * GROUP))
         first = hide(none + group * GROUP)
+        if TRANSPOSED:
+            turn_columns(buffer, first * CHUNK, GROUP * CHUNK, BYTES, PITCH)
         maxima = _keys_of_maxima(row + first * (CHUNK * BYTES), first, DTYPE, GROUP, CHUNK, VECTOR, CHUNK_KEY, FP64)
         chunks = merge(chunks, sort(maxima, True, FP64, one), len(chunks), True, FP64, one)[: len(chunks)]
     doubt = ((chunks[K - 1] ^ chunks[CHUNKS]) >> CHUNK_KEY == 0).to(tl.int32) if HALVED else none
@@ -595,7 +598,9 @@ def lanes_kernel(
                 column_bytes = tl.where(factor == 0, stride_xn, stride_yn).to(tl.int64) * BYTES
                 squares = tl.where(factor == 0, x_ptr, y_ptr).to(tl.int64) + token * BYTES
                 squares += square * (16 // BYTES) * column_bytes
-                copy_columns(buffer, squares, column_bytes, wanted, TILE_N, BYTES, PITCH)
+                copy_columns(
+                    buffer, squares, column_bytes, wanted, TILE_N, BYTES, PITCH, PARTS, PRIORITY
+                )  # fmt: skip
             else:
                 copy_rows(buffer, segment, wanted, TILE_N * BYTES, VECTOR, PITCH, PARTS, PRIORITY)
         # Where 32-bit keys do for fp32 logits, nearly always, two more than K tell.
@@ -610,9 +615,12 @@ def lanes_kernel(
                 row = buffer + lane % 32 * PITCH
                 if not LOOPED:
                     wait_for_rows(lane * 0, 1)
+                    if TRANSPOSED:
+                        turn_columns(buffer, 0, TILE_N, BYTES, PITCH)
             if LOOPED:
                 more, doubt = _best_in_loops(
-                    row, DTYPE, TILE_N, OWN, LISTED, GROUP, CHUNK, VECTOR, SORT_KEY, FP64, one
+                    row, buffer, DTYPE, TILE_N, OWN, LISTED, GROUP, CHUNK, VECTOR, PITCH, TRANSPOSED, SORT_KEY, FP64,
+                    one,
                 )  # fmt: skip
             else:
                 keys, doubt = _candidates_of_tile(
@@ -626,7 +634,8 @@ def lanes_kernel(
                 next_column = (column + TILE_N).to(tl.int64)
                 if TRANSPOSED:
                     copy_columns(
-                        buffer, squares + next_column * column_bytes, column_bytes, wanted, TILE_N, BYTES, PITCH
+                        buffer, squares + next_column * column_bytes, column_bytes, wanted, TILE_N, BYTES, PITCH, PARTS,
+                        PRIORITY,
                     )  # fmt: skip
                 else:
                     copy_rows(

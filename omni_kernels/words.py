@@ -3,7 +3,7 @@
 Neighbouring lanes own neighbouring rows, so their plain loads would touch 32 cache lines at once. Instead the 32
 lanes of a warp copy their 32 rows together (cp.async, coalesced) into shared memory, rows an odd number of vectors
 apart so that reading down the rows meets every bank once. A warp shares its rows with nobody and waits for nobody else.
-Of transposed logits they read columns, and turn them around on the way.
+Of transposed logits they copy columns, and turn them around there.
 
 Triton offers no such copy, and it chooses a tensor's layout from the loads and stores it meets, searching everything
 connected to them: for a sorting network of thousands of operations that search alone takes minutes. So on NVIDIA GPUs
@@ -48,34 +48,59 @@ def copy_rows(buffer, address, wanted, TILE_BYTES: tl.constexpr, VECTOR: tl.cons
     """
     lane = tl.arange(0, buffer.shape[0]) % 32
     PER_ROW: tl.constexpr = TILE_BYTES // (VECTOR * PARTS)
-    MODE: tl.constexpr = "cg" if VECTOR == 16 else "ca"
+    policy = _policy(lane, PRIORITY)
     sync_warp(lane)
-    policy = tl.inline_asm_elementwise(
-        f"createpolicy.fractional.L2::{PRIORITY}.b64 $0, 1.0;", "=l,r", [lane], tl.int64, True, 1
-    )
     for part in tl.static_range(PARTS):
         for step in tl.static_range(PER_ROW):
             vector = step * 32 + lane
             owner, offset = vector // PER_ROW, (part * PER_ROW + vector % PER_ROW) * VECTOR
-            tl.inline_asm_elementwise(
-                f"""{{
-                .reg .b32 low, high;
-                .reg .b64 source;
-                .reg .pred p;
-                setp.ne.s32 p, $5, 0;
-                mov.b64 {{low, high}}, $2;
-                shfl.sync.idx.b32 low, low, $3, 31, 0xffffffff;
-                shfl.sync.idx.b32 high, high, $3, 31, 0xffffffff;
-                mov.b64 source, {{low, high}};
-                add.s64 source, source, $4;
-                @p cp.async.{MODE}.shared.global.L2::cache_hint [$1], [source], {VECTOR}, $6;
-                mov.u32 $0, 0;
-                }}""",
-                "=r,r,l,r,l,r,l",
-                [buffer + owner * PITCH + offset, address, owner, offset.to(tl.int64), wanted, policy],
-                tl.int32, False, 1,
-            )  # fmt: skip
-        tl.inline_asm_elementwise("cp.async.commit_group; mov.u32 $0, 0;", "=r,r", [lane], tl.int32, False, 1)
+            source = _of_lane(address, owner) + offset.to(tl.int64)
+            _copy_vector(buffer + owner * PITCH + offset, source, wanted, policy, VECTOR)
+        _commit(lane)
+
+
+@triton.jit
+def _of_lane(address, owner):
+    """The address that another lane of the warp holds."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 low, high;
+        mov.b64 {low, high}, $1;
+        shfl.sync.idx.b32 low, low, $2, 31, 0xffffffff;
+        shfl.sync.idx.b32 high, high, $2, 31, 0xffffffff;
+        mov.b64 $0, {low, high};
+        }""",
+        "=l,l,r", [address, owner], tl.int64, False, 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _policy(like, PRIORITY: tl.constexpr):
+    """What a copy tells L2 of the importance of what it reads."""
+    return tl.inline_asm_elementwise(
+        f"createpolicy.fractional.L2::{PRIORITY}.b64 $0, 1.0;", "=l,r", [like], tl.int64, True, 1
+    )
+
+
+@triton.jit
+def _copy_vector(target, source, wanted, policy, VECTOR: tl.constexpr):
+    """Start copying VECTOR bytes (4, 8 or 16) to shared memory, if wanted."""
+    MODE: tl.constexpr = "cg" if VECTOR == 16 else "ca"
+    tl.inline_asm_elementwise(
+        f"""{{
+        .reg .pred p;
+        setp.ne.s32 p, $3, 0;
+        @p cp.async.{MODE}.shared.global.L2::cache_hint [$1], [$2], {VECTOR}, $4;
+        mov.u32 $0, 0;
+        }}""",
+        "=r,r,l,r,l", [target, source, wanted, policy], tl.int32, False, 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _commit(like):
+    """What was copied since the last time is one part."""
+    tl.inline_asm_elementwise("cp.async.commit_group; mov.u32 $0, 0;", "=r,r", [like], tl.int32, False, 1)
 
 
 @triton.jit
@@ -103,42 +128,64 @@ def transpose_halves(a, b):
 
 
 @triton.jit
-def copy_columns(buffer, address, stride, wanted, TILE_N: tl.constexpr, BYTES: tl.constexpr, PITCH: tl.constexpr):
-    """Read the rows of a warp's 16 tokens, of both factors, where the logits of a column lie side by side.
+def copy_columns(buffer, address, stride, wanted, TILE_N: tl.constexpr, BYTES: tl.constexpr, PITCH: tl.constexpr,
+                 PARTS: tl.constexpr, PRIORITY: tl.constexpr):  # fmt: skip
+    """Start copying the rows of a warp's 16 tokens, of both factors, where the logits of a column lie side by side.
 
-    A lane reads 16 bytes of each of 8 columns of 16-bit logits, or of 4 of fp32, and writes as many bytes of as many
-    rows: it turns a square around. Row 2 * token + factor ends up at that multiple of PITCH, as `copy_rows` leaves it.
+    A lane copies squares: 16 bytes of each of 8 columns of 16-bit logits, or of 4 of fp32, each to where `turn_columns`
+    will put as many bytes of one of the rows. Row 2 * token + factor begins at that multiple of PITCH, as `copy_rows`
+    leaves it.
 
-    buffer: the warp's shared memory. address: of the first square of the lane that `square_of_lane` says. stride: from
-    column to column, in bytes. wanted: whether to read at all.
+    buffer, wanted, PARTS, PRIORITY: as in `copy_rows`. address: of the first square of the lane that `square_of_lane`
+    says. stride: from column to column, in bytes.
     """
     lane = tl.arange(0, buffer.shape[0]) % 32
     SIDE: tl.constexpr = 16 // BYTES  # of a square
-    ROUND: tl.constexpr = 256 // BYTES  # columns on their way at once; without the barrier all would be, in registers
-    token, factor, square = square_of_lane(lane, BYTES)
-    rows = buffer + (token * 2 + factor) * PITCH + square * 16
+    squares = _squares_of_lane(buffer, lane, BYTES, PITCH)
+    policy = _policy(lane, PRIORITY)
     sync_warp(lane)
-    for start in tl.static_range(0, TILE_N, ROUND):
-        columns = ()
-        for column in tl.static_range(start, min(start + ROUND, TILE_N), SIDE * SIDE):
+    for part in tl.static_range(PARTS):
+        for start in tl.static_range(part * TILE_N // PARTS, (part + 1) * TILE_N // PARTS, SIDE * SIDE):
             for i in tl.static_range(SIDE):
-                columns = columns + (_load_wanted(address + (column + i) * stride, wanted),)
-        for first in tl.static_range(0, len(columns), SIDE):
-            offset = (start + first * SIDE) * BYTES
-            for word in tl.static_range(4):
-                if BYTES == 4:
-                    row = ()
-                    for i in tl.static_range(SIDE):
-                        row = row + (columns[first + i][word],)
-                    _store_words(rows + (word * 2 * PITCH + offset), row)
-                else:
-                    even, odd = (), ()
-                    for i in tl.static_range(0, SIDE, 2):
-                        low, high = transpose_halves(columns[first + i][word], columns[first + i + 1][word])
-                        even, odd = even + (low,), odd + (high,)
-                    _store_words(rows + (word * 4 * PITCH + offset), even)
-                    _store_words(rows + ((word * 4 + 2) * PITCH + offset), odd)
-        sync_warp(lane)
+                target = squares + (i * 2 * PITCH + start * BYTES)
+                _copy_vector(target, address + (start + i) * stride, wanted, policy, 16)
+        _commit(lane)
+
+
+@triton.jit
+def turn_columns(buffer, first, COLUMNS: tl.constexpr, BYTES: tl.constexpr, PITCH: tl.constexpr):
+    """Make rows of the COLUMNS from `first` on that `copy_columns` has copied: turn every square around, in its place.
+
+    A lane turns what itself has copied, so that no other has to wait for it before.
+    """
+    lane = tl.arange(0, buffer.shape[0]) % 32
+    SIDE: tl.constexpr = 16 // BYTES
+    squares = _squares_of_lane(buffer, lane, BYTES, PITCH) + first * BYTES
+    for start in tl.static_range(0, COLUMNS * BYTES, SIDE * 16):
+        columns = ()
+        for i in tl.static_range(SIDE):
+            columns = columns + (load_words(squares, i * 2 * PITCH + start, 4),)
+        for word in tl.static_range(4):
+            if BYTES == 4:
+                row = ()
+                for i in tl.static_range(SIDE):
+                    row = row + (columns[i][word],)
+                _store_words(squares + (word * 2 * PITCH + start), row)
+            else:
+                even, odd = (), ()
+                for i in tl.static_range(0, SIDE, 2):
+                    low, high = transpose_halves(columns[i][word], columns[i + 1][word])
+                    even, odd = even + (low,), odd + (high,)
+                _store_words(squares + (word * 4 * PITCH + start), even)
+                _store_words(squares + ((word * 4 + 2) * PITCH + start), odd)
+    sync_warp(lane)
+
+
+@triton.jit
+def _squares_of_lane(buffer, lane, BYTES: tl.constexpr, PITCH: tl.constexpr):
+    """Where in shared memory a lane's first square begins."""
+    token, factor, square = square_of_lane(lane, BYTES)
+    return buffer + (token * 2 + factor) * PITCH + square * 16
 
 
 @triton.jit
@@ -146,23 +193,6 @@ def square_of_lane(lane, BYTES: tl.constexpr):
     """The first token, the factor and the number in its row of a lane's first square in `copy_columns`."""
     SIDE: tl.constexpr = 16 // BYTES
     return lane // (2 * SIDE) * SIDE, lane // SIDE % 2, lane % SIDE
-
-
-@triton.jit
-def _load_wanted(address, wanted):
-    """Four words from global memory, zeros unless wanted."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .pred p;
-        setp.ne.s32 p, $5, 0;
-        mov.b32 $0, 0;
-        mov.b32 $1, 0;
-        mov.b32 $2, 0;
-        mov.b32 $3, 0;
-        @p ld.global.v4.b32 {$0, $1, $2, $3}, [$4];
-        }""",
-        "=&r,=&r,=&r,=&r,l,r", [address, wanted], (tl.int32, tl.int32, tl.int32, tl.int32), False, 1,
-    )  # fmt: skip
 
 
 @triton.jit
