@@ -172,8 +172,7 @@ def factored_forward(router_logits_x, router_logits_y, num_experts_per_token, sc
         factored_kernel[(triton.cdiv(num_tokens, tile_m),)](
             x, y, scores, indices, *x.stride(), *y.stride(), num_tokens, num_expert_sqrt,
             K=k, TILE_M=tile_m, TILE_N=tile_n, TILE_K=tile_k, CHUNK=chunk,
-            WIDE_KEYS=False, STREAMED=num_expert_sqrt > tile_n,
-            NUM_CANDIDATES=num_candidates,
-            SIDE=math.isqrt(k), num_warps=1,
+            WIDE_KEYS=False, STREAMED=num_expert_sqrt > tile_n, NUM_CANDIDATES=num_candidates, SIDE=math.isqrt(k),
+            num_warps=1,
         )  # fmt: skip
     return scores.to(scores_dtype), indices

@@ -40,7 +40,6 @@ from .words import (
     load_words,
     partner,
     partners,
-    square_of_lane,
     store_row,
     store_shared,
     sync_warp,
@@ -54,6 +53,7 @@ MAX_EXPERTS_PER_TOKEN = 32  # more would not fit in a lane's registers
 TILE_BYTES = 512  # what of a row a lane has at hand at once
 LOOPED_TILE = 256  # columns of a tile that loops go over, where a multiprocessor has the shared memory for it
 DOUBLES = ((8, 0), (9, 0), (10, 0))  # GPUs that compare doubles as fast as integers, and have the most shared memory
+TRANSPOSED_TILE = 128  # columns of a tile that several warps copy together; a program has 48 KiB for it
 MIN_TILE = 64  # columns below which a tile is not worth its merge
 SUM_BITS = 9  # the fraction that nearly all sums of bf16 logits need
 MANY_LANES = 16  # of a token, where there are few tokens
@@ -233,7 +233,7 @@ def _best_in_loops(row, buffer, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K: tl
     none = row & 0
     chunks = _lowest_keys(none, CHUNKS + 1 if HALVED else CHUNKS, FP64)
     for group in tl.range(TILE_N // (CHUNK * GROUP)):
-        wait_for_rows(none + group, TILE_N // (CHUNK * GROUP))
+        wait_for_rows(none + group, TILE_N // (CHUNK * GROUP), TRANSPOSED)
         first = hide(none + group * GROUP)
         if TRANSPOSED:
             turn_columns(buffer, first * CHUNK, GROUP * CHUNK, BYTES, PITCH)
@@ -576,7 +576,8 @@ def lanes_kernel(
     OWN: tl.constexpr = min(RANKS, SEGMENT)
     TILES: tl.constexpr = SEGMENT // max(TILE_N, 1)
 
-    tokens = tl.program_id(0).to(tl.int64) * (TILE_M // LANES) + lane // LANES
+    first_token = tl.program_id(0).to(tl.int64) * (TILE_M // LANES)
+    tokens = first_token + lane // LANES
     inside = tokens < num_tokens
     read = tl.minimum(tokens, num_tokens - 1)  # lanes past the end route the last token again, and store nothing
     x_ptrs, y_ptrs = x_ptr + read * stride_xm, y_ptr + read * stride_ym
@@ -588,18 +589,13 @@ def lanes_kernel(
             BEHIND: tl.constexpr = _chunks_listed(OWN, GROUP, CHUNK) if LOOPED else 0
             VECTORS: tl.constexpr = (TILE_N * BYTES + BEHIND + VECTOR - 1) // VECTOR
             PITCH: tl.constexpr = (VECTORS + 1 - VECTORS % 2) * VECTOR
-            buffer = allocate_rows(lane, TILE_M * PITCH) + lane // 32 * (32 * PITCH)
+            buffer = allocate_rows(lane, TILE_M * PITCH)
             PARTS: tl.constexpr = TILE_N // (CHUNK * GROUP) if LOOPED else 1
             wanted = (lane >= 0).to(tl.int32)
             if TRANSPOSED:
-                token, factor, square = square_of_lane(lane % 32, BYTES)
-                token = tl.program_id(0).to(tl.int64) * (TILE_M // 2) + lane // 32 * 16 + token
-                token = tl.minimum(token, num_tokens - 16 // BYTES)
-                column_bytes = tl.where(factor == 0, stride_xn, stride_yn).to(tl.int64) * BYTES
-                squares = tl.where(factor == 0, x_ptr, y_ptr).to(tl.int64) + token * BYTES
-                squares += square * (16 // BYTES) * column_bytes
                 copy_columns(
-                    buffer, squares, column_bytes, wanted, TILE_N, BYTES, PITCH, PARTS, PRIORITY
+                    buffer, x_ptr, y_ptr, stride_xn, stride_yn, first_token, num_tokens, 0, wanted,
+                    TILE_N, PITCH, PARTS, PRIORITY,
                 )  # fmt: skip
             else:
                 copy_rows(buffer, segment, wanted, TILE_N * BYTES, VECTOR, PITCH, PARTS, PRIORITY)
@@ -612,9 +608,9 @@ def lanes_kernel(
             column = hide(lane * 0 + step * TILE_N)
             row = segment + column * BYTES
             if STAGED:
-                row = buffer + lane % 32 * PITCH
+                row = buffer + lane * PITCH
                 if not LOOPED:
-                    wait_for_rows(lane * 0, 1)
+                    wait_for_rows(lane * 0, 1, TRANSPOSED)
                     if TRANSPOSED:
                         turn_columns(buffer, 0, TILE_N, BYTES, PITCH)
             if LOOPED:
@@ -631,16 +627,14 @@ def lanes_kernel(
                 more = _exact_keys(more, row, doubt, DTYPE, TILE_N, OWN, GROUP, VECTOR, SORT_KEY, FP64)
             if STAGED and TILES > 1:  # where the tile is not read again
                 wanted = (lane * 0 + step + 1 < TILES).to(tl.int32)
-                next_column = (column + TILE_N).to(tl.int64)
                 if TRANSPOSED:
                     copy_columns(
-                        buffer, squares + next_column * column_bytes, column_bytes, wanted, TILE_N, BYTES, PITCH, PARTS,
-                        PRIORITY,
+                        buffer, x_ptr, y_ptr, stride_xn, stride_yn, first_token, num_tokens, column + TILE_N, wanted,
+                        TILE_N, PITCH, PARTS, PRIORITY,
                     )  # fmt: skip
                 else:
-                    copy_rows(
-                        buffer, segment + next_column * BYTES, wanted, TILE_N * BYTES, VECTOR, PITCH, PARTS, PRIORITY
-                    )  # fmt: skip
+                    next_tile = segment + ((column + TILE_N) * BYTES).to(tl.int64)
+                    copy_rows(buffer, next_tile, wanted, TILE_N * BYTES, VECTOR, PITCH, PARTS, PRIORITY)
             if not (LOOPED or HALVED):
                 more = _best_of_groups(keys, OWN, GROUP, NVIDIA, FP64, one)
             if TILES == 1:
@@ -666,10 +660,10 @@ def lanes_kernel(
     SPLIT: tl.constexpr = K > 1 and K & (K - 1) == 0 and _first_pair(SIDE, K, RANKS) >= K
     columns = lane
     if NARROW:
-        columns = buffer + (lane % 32 | 1) * PITCH
+        columns = buffer + (lane | 1) * PITCH
         for rank in tl.static_range(RANKS):
             column = unpack(best[rank], DTYPE, FP64)[1]
-            store_shared(buffer + lane % 32 * PITCH + rank * 4, column, 32, lane >= 0)
+            store_shared(buffer + lane * PITCH + rank * 4, column, 32, lane >= 0)
         sync_warp(lane)
     scores, indices, lost = _select_pairs(
         best, poison, odd, columns, NUM_EXPERT_SQRT, RANKS, K, SIDE, SPLIT, DTYPE, ROW_BITS, NARROW, NVIDIA, FP64,
@@ -716,7 +710,7 @@ def lanes_forward(router_logits_x, router_logits_y, num_experts_per_token, score
         router_logits_x, router_logits_y: (num_tokens, N), fp32, fp16 or bf16, on an NVIDIA GPU from Ampere on (or on
             the CPU under Triton's interpreter), at least one token, N as far as `runs_on` says. Any strides, but
             logits are read one at a time unless rows are contiguous, 4-byte aligned and a multiple of a tile long, or
-            `columns_are_vectors` and there are many tokens.
+            `columns_are_vectors`, rows are a multiple of 128 bytes, and there are many tokens.
         num_experts_per_token: k, from 1 to MAX_EXPERTS_PER_TOKEN.
         scores_dtype: fp32, fp16 or bf16.
 
@@ -767,7 +761,7 @@ def _constants(num_expert_sqrt, k, dtype, alignment, fp64, transposed, lanes):
     """
     itemsize = dtype.itemsize
     row = num_expert_sqrt * itemsize
-    transposed = transposed and lanes == 2 and num_expert_sqrt % (16 // itemsize) ** 2 == 0
+    transposed = transposed and lanes == 2 and row % 128 == 0
     vector = 16 if transposed else min(alignment, row & -row)  # bytes of a load
     ranks = min(k, num_expert_sqrt)
     group = min(32, max(8, 1 << (ranks - 1).bit_length()))
@@ -780,7 +774,8 @@ def _constants(num_expert_sqrt, k, dtype, alignment, fp64, transposed, lanes):
         staged, halved = segment * itemsize >= STAGED_BYTES, dtype == torch.float32 and not ragged
 
         def widest_tile(columns):
-            return next(n for n in range(min(segment, columns), 0, -1) if segment % n == 0 and n % step == 0)
+            columns, unit = (min(columns, TRANSPOSED_TILE), 128 // itemsize) if transposed else (columns, step)
+            return next(n for n in range(min(segment, columns), 0, -1) if segment % n == 0 and n % unit == 0)
 
         tile_n, chunk = widest_tile(LOOPED_TILE if itemsize == 2 or fp64 else TILE_BYTES // 4), 4
         looped = staged and not ragged and vector >= 4 * itemsize and group >= 16 and (itemsize == 2 or k <= 16)
@@ -789,8 +784,7 @@ def _constants(num_expert_sqrt, k, dtype, alignment, fp64, transposed, lanes):
             tile_n = widest_tile(TILE_BYTES // itemsize // (2 if k > 16 else 1))
             chunks = (c for c in (4, 2) if 4 <= c * itemsize <= vector and tile_n % c == 0 and tile_n >= 2 * c * k)
             chunk = 1 if ragged else next(chunks, 1)
-        turns = staged and tile_n % (16 // itemsize) ** 2 == 0
-        if tile_n >= min(segment, MIN_TILE) and (turns or not transposed):
+        if tile_n >= min(segment, MIN_TILE):
             reading = {"SEGMENT": segment, "TILE_N": tile_n, "CHUNK": chunk, "VECTOR": vector}
         else:
             staged = looped = halved = False
@@ -801,6 +795,7 @@ def _constants(num_expert_sqrt, k, dtype, alignment, fp64, transposed, lanes):
     narrow = narrow and reading["TILE_N"] * itemsize >= 4 * ranks
     # Two warps a program run closer together and share more of the code they fetch, which long code gains from.
     warps = 2 if staged and itemsize == 2 and reading["TILE_N"] * itemsize == TILE_BYTES else 1
+    warps = 8 // itemsize if transposed else warps  # whose tokens fill a cache line of a column
     return {
         "NUM_EXPERT_SQRT": num_expert_sqrt, "K": k, "SIDE": min(math.isqrt(k), num_expert_sqrt), "LANES": lanes,
         "GROUP": group, "TILE_M": 1024 if interpreting() else warps * 32, **reading,

@@ -2,8 +2,8 @@
 
 Neighbouring lanes own neighbouring rows, so their plain loads would touch 32 cache lines at once. Instead the 32
 lanes of a warp copy their 32 rows together (cp.async, coalesced) into shared memory, rows an odd number of vectors
-apart so that reading down the rows meets every bank once. A warp shares its rows with nobody and waits for nobody else.
-Of transposed logits they copy columns, and turn them around there.
+apart so that reading down the rows meets every bank once. A warp shares its rows with nobody and waits for nobody else,
+except of transposed logits: of these the warps of a program copy columns together, and turn them around there.
 
 Triton offers no such copy, and it chooses a tensor's layout from the loads and stores it meets, searching everything
 connected to them: for a sorting network of thousands of operations that search alone takes minutes. So on NVIDIA GPUs
@@ -39,14 +39,16 @@ def allocate_rows(like, BYTES: tl.constexpr):
 @triton.jit
 def copy_rows(buffer, address, wanted, TILE_BYTES: tl.constexpr, VECTOR: tl.constexpr, PITCH: tl.constexpr,
               PARTS: tl.constexpr, PRIORITY: tl.constexpr):  # fmt: skip
-    """Start copying the TILE_BYTES at every lane's global address into its warp's buffer, VECTOR bytes at a time.
+    """Start copying the TILE_BYTES at every lane's global address into shared memory, VECTOR bytes at a time.
 
-    buffer: the warp's shared memory, where lane i finds its bytes at i * PITCH. wanted: whether to copy at all; a
+    buffer: the program's shared memory, where thread i finds its bytes at i * PITCH. wanted: whether to copy at all; a
     branch around the last copy of a loop would make the compiler peel off a whole iteration. PARTS: equal pieces of
     every row, of which `wait_for_rows` can wait for each. PRIORITY: of what is read, in L2: "evict_first", or
     "evict_normal".
     """
-    lane = tl.arange(0, buffer.shape[0]) % 32
+    thread = tl.arange(0, buffer.shape[0])
+    lane = thread % 32
+    rows = buffer + (thread - lane) * PITCH  # of the warp
     PER_ROW: tl.constexpr = TILE_BYTES // (VECTOR * PARTS)
     policy = _policy(lane, PRIORITY)
     sync_warp(lane)
@@ -55,7 +57,7 @@ def copy_rows(buffer, address, wanted, TILE_BYTES: tl.constexpr, VECTOR: tl.cons
             vector = step * 32 + lane
             owner, offset = vector // PER_ROW, (part * PER_ROW + vector % PER_ROW) * VECTOR
             source = _of_lane(address, owner) + offset.to(tl.int64)
-            _copy_vector(buffer + owner * PITCH + offset, source, wanted, policy, VECTOR)
+            _copy_vector(rows + owner * PITCH + offset, source, wanted, policy, VECTOR)
         _commit(lane)
 
 
@@ -104,11 +106,15 @@ def _commit(like):
 
 
 @triton.jit
-def wait_for_rows(part, PARTS: tl.constexpr):
-    """Wait until the parts up to `part`, counted from 0, of what this warp copied last have arrived."""
+def wait_for_rows(part, PARTS: tl.constexpr, TOGETHER: tl.constexpr):
+    """Wait until the parts up to `part`, counted from 0, of what was copied last have arrived.
+
+    That is what this warp copied or, TOGETHER, what all of the program's did.
+    """
     WAITS: tl.constexpr = _waits(PARTS)
+    BARRIER: tl.constexpr = "bar.sync 0" if TOGETHER else "bar.warp.sync 0xffffffff"
     tl.inline_asm_elementwise(
-        f"{{ .reg .pred p; {WAITS} bar.warp.sync 0xffffffff; mov.u32 $0, 0; }}", "=r,r", [part], tl.int32, False, 1
+        f"{{ .reg .pred p; {WAITS} {BARRIER}; mov.u32 $0, 0; }}", "=r,r", [part], tl.int32, False, 1
     )
 
 
@@ -128,71 +134,72 @@ def transpose_halves(a, b):
 
 
 @triton.jit
-def copy_columns(buffer, address, stride, wanted, TILE_N: tl.constexpr, BYTES: tl.constexpr, PITCH: tl.constexpr,
-                 PARTS: tl.constexpr, PRIORITY: tl.constexpr):  # fmt: skip
-    """Start copying the rows of a warp's 16 tokens, of both factors, where the logits of a column lie side by side.
+def copy_columns(buffer, x_ptr, y_ptr, stride_x, stride_y, token, num_tokens, first, wanted, TILE_N: tl.constexpr,
+                 PITCH: tl.constexpr, PARTS: tl.constexpr, PRIORITY: tl.constexpr):  # fmt: skip
+    """Start copying TILE_N columns from `first` on of transposed logits, where those of a column lie side by side.
 
-    A lane copies squares: 16 bytes of each of 8 columns of 16-bit logits, or of 4 of fp32, each to where `turn_columns`
-    will put as many bytes of one of the rows. Row 2 * token + factor begins at that multiple of PITCH, as `copy_rows`
-    leaves it.
+    The 16 tokens of a warp are less of a column than a cache line has, and four reads of 32 bytes take longer than one
+    of 128. So the warps of a program, as many as fill a line, copy together, for as many columns at once as 16 bytes
+    hold tokens (SIDE): `turn_columns` will make rows of squares of SIDE tokens by SIDE columns. Until then, eight
+    threads' vectors lie in 128 bytes of some row, in an order in which those of its columns meet every bank once.
 
-    buffer, wanted, PARTS, PRIORITY: as in `copy_rows`. address: of the first square of the lane that `square_of_lane`
-    says. stride: from column to column, in bytes.
+    buffer: the program's shared memory, where row 2 * token + factor begins at that multiple of PITCH. stride_x,
+    stride_y: from column to column. token: the program's first. wanted, PARTS, PRIORITY: as in `copy_rows`.
     """
-    lane = tl.arange(0, buffer.shape[0]) % 32
-    SIDE: tl.constexpr = 16 // BYTES  # of a square
-    squares = _squares_of_lane(buffer, lane, BYTES, PITCH)
-    policy = _policy(lane, PRIORITY)
-    sync_warp(lane)
+    BYTES: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth // 8
+    SIDE: tl.constexpr = 16 // BYTES
+    THREADS: tl.constexpr = buffer.shape[0]
+    VECTORS: tl.constexpr = THREADS // (2 * SIDE)  # of a column
+    thread = tl.arange(0, THREADS)
+    factor, column = thread // VECTORS % 2, thread // (2 * VECTORS)
+    # What is past the end is read from before it instead.
+    start = tl.minimum(token + thread % VECTORS * SIDE, num_tokens - SIDE)
+    stride = tl.where(factor == 0, stride_x, stride_y).to(tl.int64)
+    source = tl.where(factor == 0, x_ptr, y_ptr).to(tl.int64) + (start + (first + column) * stride) * BYTES
+    target = buffer + thread // 8 * PITCH
+    policy = _policy(thread, PRIORITY)
+    sync_program(thread)
     for part in tl.static_range(PARTS):
-        for start in tl.static_range(part * TILE_N // PARTS, (part + 1) * TILE_N // PARTS, SIDE * SIDE):
-            for i in tl.static_range(SIDE):
-                target = squares + (i * 2 * PITCH + start * BYTES)
-                _copy_vector(target, address + (start + i) * stride, wanted, policy, 16)
-        _commit(lane)
+        for square in tl.static_range(part * TILE_N // (PARTS * SIDE), (part + 1) * TILE_N // (PARTS * SIDE)):
+            offset = (thread ^ square) % 8 * 16 + (square % 8 * (THREADS // 8) * PITCH + square // 8 * 128)
+            _copy_vector(target + offset, source + square * 16 * stride, wanted, policy, 16)
+        _commit(thread)
 
 
 @triton.jit
 def turn_columns(buffer, first, COLUMNS: tl.constexpr, BYTES: tl.constexpr, PITCH: tl.constexpr):
-    """Make rows of the COLUMNS from `first` on that `copy_columns` has copied: turn every square around, in its place.
-
-    A lane turns what itself has copied, so that no other has to wait for it before.
-    """
-    lane = tl.arange(0, buffer.shape[0]) % 32
+    """Make rows of the COLUMNS from `first` on that `copy_columns` has copied, in multiples of 128 bytes of a row."""
     SIDE: tl.constexpr = 16 // BYTES
-    squares = _squares_of_lane(buffer, lane, BYTES, PITCH) + first * BYTES
-    for start in tl.static_range(0, COLUMNS * BYTES, SIDE * 16):
+    THREADS: tl.constexpr = buffer.shape[0]
+    VECTORS: tl.constexpr = THREADS // (2 * SIDE)
+    thread = tl.arange(0, THREADS)
+    tokens, factor, square = thread // (2 * SIDE), thread // SIDE % 2, thread % SIDE
+    rows = buffer + (2 * tokens * SIDE + factor) * PITCH + first * BYTES
+    for start in tl.static_range(0, COLUMNS * BYTES, 128):
         columns = ()
-        for i in tl.static_range(SIDE):
-            columns = columns + (load_words(squares, i * 2 * PITCH + start, 4),)
-        for word in tl.static_range(4):
-            if BYTES == 4:
-                row = ()
-                for i in tl.static_range(SIDE):
-                    row = row + (columns[i][word],)
-                _store_words(squares + (word * 2 * PITCH + start), row)
-            else:
-                even, odd = (), ()
-                for i in tl.static_range(0, SIDE, 2):
-                    low, high = transpose_halves(columns[i][word], columns[i + 1][word])
-                    even, odd = even + (low,), odd + (high,)
-                _store_words(squares + (word * 4 * PITCH + start), even)
-                _store_words(squares + ((word * 4 + 2) * PITCH + start), odd)
-    sync_warp(lane)
-
-
-@triton.jit
-def _squares_of_lane(buffer, lane, BYTES: tl.constexpr, PITCH: tl.constexpr):
-    """Where in shared memory a lane's first square begins."""
-    token, factor, square = square_of_lane(lane, BYTES)
-    return buffer + (token * 2 + factor) * PITCH + square * 16
-
-
-@triton.jit
-def square_of_lane(lane, BYTES: tl.constexpr):
-    """The first token, the factor and the number in its row of a lane's first square in `copy_columns`."""
-    SIDE: tl.constexpr = 16 // BYTES
-    return lane // (2 * SIDE) * SIDE, lane // SIDE % 2, lane % SIDE
+        for more in tl.static_range(0, 8, SIDE):
+            for i in tl.static_range(SIDE):
+                vector = (i * 2 + factor) * VECTORS + tokens
+                row = (square + more) * (THREADS // 8) + vector // 8
+                place = buffer + first * BYTES + row * PITCH + (vector ^ (square + more)) % 8 * 16
+                columns = columns + (load_words(place, start, 4),)
+        sync_program(thread)
+        for more in tl.static_range(0, 8, SIDE):
+            for word in tl.static_range(4):
+                target = rows + (square + more) * 16 + (word * (2 * SIDE // 4) * PITCH + start)
+                if BYTES == 4:
+                    row = ()
+                    for i in tl.static_range(SIDE):
+                        row = row + (columns[more + i][word],)
+                    _store_words(target, row)
+                else:
+                    even, odd = (), ()
+                    for i in tl.static_range(0, SIDE, 2):
+                        low, high = transpose_halves(columns[more + i][word], columns[more + i + 1][word])
+                        even, odd = even + (low,), odd + (high,)
+                    _store_words(target, even)
+                    _store_words(target + 2 * PITCH, odd)
+    sync_warp(thread)
 
 
 @triton.jit
@@ -395,6 +402,12 @@ def store_private(address, value):
 def sync_warp(like):
     """Wait for the warp, and for what it wrote."""
     tl.inline_asm_elementwise("bar.warp.sync 0xffffffff; mov.u32 $0, 0;", "=r,r", [like], tl.int32, False, 1)
+
+
+@triton.jit
+def sync_program(like):
+    """Wait for all warps of the program, and for what they wrote."""
+    tl.inline_asm_elementwise("bar.sync 0; mov.u32 $0, 0;", "=r,r", [like], tl.int32, False, 1)
 
 
 @triton.jit

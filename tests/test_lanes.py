@@ -97,13 +97,16 @@ def test_layout_does_not_matter(num_expert_sqrt, k, dtype, device):
 
 @pytest.mark.parametrize(
     ("num_expert_sqrt", "k", "dtype"),
-    [(16, 4, FP32), *([(64, 10, FP16), (256, 16, BF16), (256, 16, FP32), (1024, 32, BF16)] if ON_GPU else [])],
+    [
+        (32, 4, FP32),
+        *([(64, 10, FP16), (256, 16, BF16), (256, 16, FP32), (192, 8, BF16), (1024, 32, BF16)] if ON_GPU else []),
+    ],
     ids=case_id,
 )
-@pytest.mark.parametrize("num_tokens", [8, 40, 41])
+@pytest.mark.parametrize("num_tokens", [8, 41, *([72, 136] if ON_GPU else [])])
 def test_transposed_logits(num_expert_sqrt, k, dtype, num_tokens, device):
     """Columns that are vectors, and some that are not."""
-    x, y = (part[-num_tokens:] for part in adversarial_logits(num_expert_sqrt, dtype, device, repeats=2))
+    x, y = (part[-num_tokens:] for part in adversarial_logits(num_expert_sqrt, dtype, device, repeats=4))
     assert len(x) == num_tokens
     want = factored_router(x, y, k)
     columns_x, columns_y = (part.t().contiguous().t() for part in (x, y))
