@@ -1,14 +1,16 @@
-"""Runs one warp of a compiled kernel on the CPU, instruction by instruction.
+"""Runs one program of a compiled kernel on the CPU, instruction by instruction.
 
-The interpreter runs Triton's operations but no PTX, and some kernels are mostly PTX of their own. Here the 32 lanes of
-a warp run in lockstep, so that code in which lanes exchange what they have can be checked bit for bit without a GPU.
+The interpreter runs Triton's operations but no PTX, and some kernels are mostly PTX of their own. Here all threads of a
+program, the 32 lanes of each of its warps, run in lockstep, so that code in which they exchange what they have can be
+checked bit for bit without a GPU.
 
 It is stricter than a GPU. An address must be aligned and inside a given array. Shared memory holds NaN until something
-is written, and a copy's target does until the copy is waited for. Lanes may not touch each other's bytes without a
-barrier between. All lanes take a branch, or none. What an instruction is not known to do raises.
+is written, and a copy's target does until the copy is waited for. Threads may not touch each other's bytes without a
+barrier between: their warp's, or the program's if they are of different warps. All threads of the program take a
+branch, or none. What an instruction is not known to do raises.
 
-A register is an array of 32 uint64; whoever reads one ignores the bits above its width. Compilers may read one that
-nobody wrote where they need only half of an operand: it holds NaN.
+A register is an array of one uint64 a thread; whoever reads one ignores the bits above its width. Compilers may read
+one that nobody wrote where they need only half of an operand: it holds NaN.
 """
 
 import re
@@ -17,41 +19,41 @@ from typing import NamedTuple
 
 import numpy as np
 
-LANES = np.arange(32)
-EVERYONE = np.ones(32, bool)
+LANES = np.arange(32)  # of a warp
 SHARED = 1024  # where a kernel's shared memory starts; what is below is the system's
-PRIVATE = 1 << 32  # where lane 0's private (.local) memory starts; the other lanes' follows
+PRIVATE = 1 << 32  # where thread 0's private (.local) memory starts; the other threads' follows
 TYPES = {f"{kind}{8 * size}": np.dtype(f"{code}{size}") for kind, code in ("bu", "uu", "si") for size in (1, 2, 4, 8)}
 TYPES |= {f"f{8 * size}": np.dtype(f"f{size}") for size in (2, 4, 8)} | {"bf16": np.dtype("u2")}
 NAN = {"f64": 0x7FF8000000000000, "f32": 0x7FFFFFFF, "f16": 0x7FFF, "bf16": 0x7FFF}  # the only ones arithmetic returns
-BARRIERS = ("bar.sync 0", "barrier.sync 0", "bar.warp.sync 0xffffffff", "bar.warp.sync -1")
+PROGRAM_BARRIERS, WARP_BARRIERS = ("bar.sync 0", "barrier.sync 0"), ("bar.warp.sync 0xffffffff", "bar.warp.sync -1")
 
 
 # Registers and numbers -----------------------------------------------------------------------------------------------
 
 
-def constant(number):
-    return np.full(32, number & (1 << 64) - 1, np.uint64)
+def constant(number, num_threads):
+    return np.full(num_threads, number & (1 << 64) - 1, np.uint64)
 
 
 def pattern(numbers):
-    """The register that holds 32 integers or booleans, or 32 pairs of 16-bit integers."""
-    words = numbers.view(np.uint32) if len(numbers) == 64 else numbers
+    """The register that holds integers or booleans, or pairs [threads, 2] of 16-bit integers."""
+    words = numbers.view(np.uint32)[:, 0] if numbers.ndim == 2 else numbers
     return words.astype(np.int64).view(np.uint64)
 
 
 @cache
 def reader(kind):
-    """From a register to its numbers, 64 where it holds pairs; halves are widened to doubles."""
+    """From a register to its numbers, [threads, 2] where it holds pairs; halves are widened to doubles."""
     if kind == "pred":
         return lambda register: register.astype(bool)
-    number = TYPES[kind.removesuffix("x2")]
-    word = np.dtype("u4" if kind.endswith("x2") else f"u{number.itemsize}")
-    if kind.startswith("bf16"):
-        return lambda register: (
-            (register.astype(word).view(number).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-        )
-    if kind.startswith("f16"):
+    if kind.endswith("x2"):
+        read = reader(kind.removesuffix("x2"))
+        return lambda register: read(register.astype(np.uint32).view(np.uint16).reshape(-1, 2))
+    number = TYPES[kind]
+    word = np.dtype(f"u{number.itemsize}")
+    if kind == "bf16":
+        return lambda register: (register.astype(word).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    if kind == "f16":
         return lambda register: register.astype(word).view(number).astype(np.float64)
     return lambda register: register.astype(word, copy=False).view(number)
 
@@ -84,8 +86,8 @@ def high_product(a, b):
 
 
 def bits_of(a):
-    """[32, width], the lowest bit first."""
-    return np.unpackbits(a.view(np.uint8).reshape(32, -1), axis=1, bitorder="little")
+    """[threads, width], the lowest bit first."""
+    return np.unpackbits(a.view(np.uint8).reshape(len(a), -1), axis=1, bitorder="little")
 
 
 def leading_zeros(a):
@@ -189,13 +191,13 @@ def arithmetic(op, modifiers, kind):
     """What an instruction does to numbers, and what makes a register of the result. Raises where that is not known."""
     if op == "cvt" and "f" in modifiers[-1] and modifiers[:-1] in ([], ["rn"]):
         number = np.float32 if modifiers[-1] == "f32" else np.float64
-        return lambda *parts: np.stack(parts[::-1], 1).ravel().astype(number), rounder(modifiers[-1])
+        return lambda *parts: np.stack(parts[::-1], 1).squeeze().astype(number), rounder(modifiers[-1])
     if op == "cvt" and "f" not in kind:
         (target,) = modifiers
         return lambda a: a.astype(TYPES[target]), pattern
     if op == "setp":
         compare, combine = comparison(modifiers[0], kind), INTEGERS[modifiers[1] if modifiers[1:] else "and"]
-        return lambda a, b, p=EVERYONE: combine(compare(a, b), p), pattern
+        return lambda a, b, p=True: combine(compare(a, b), p), pattern
     name = ".".join([op, *(part for part in modifiers if part != "rn")])
     if "f" not in kind or op == "selp":
         return INTEGERS[name], pattern
@@ -218,20 +220,22 @@ def comparison(name, kind):
 # Instructions --------------------------------------------------------------------------------------------------------
 
 
-class Program(NamedTuple):
-    """A compiled kernel. instructions: (text, guard, registers written, function of (warp, lanes) -> their values)."""
+class Kernel(NamedTuple):
+    """instructions: (text, guard, registers written, function of (program, active threads) -> their values)."""
 
+    num_threads: int  # of a program
     instructions: list
     labels: dict
     constants: dict
     shared_bytes: int
-    private_bytes: int  # of each lane
+    private_bytes: int  # of each thread
 
 
 def parse(ptx):
-    """The Program of a module's only kernel. NotImplementedError: names an instruction that is not known."""
+    """A module's only Kernel. NotImplementedError: names an instruction that is not known."""
     body = re.sub(r"//.*|^\s*\.(loc|file)\b.*", "", ptx[ptx.index("{", ptx.index(".entry")) :], flags=re.M)
     instructions, labels, constants, shared_bytes, places, private_bytes = [], {}, {}, 0, {}, 0
+    num_threads = int(re.search(r"\.reqntid (\d+)", ptx)[1])
     scopes, num_scopes = [], 0  # what each open brace declares, under names that no other does
     for statement in body.split(";"):
         while token := re.match(r"\s*(?:([{}])|([$\w]+):(?!:))", statement):
@@ -243,9 +247,10 @@ def parse(ptx):
             elif not (scopes := scopes[:-1]):  # the end of the kernel
                 dynamic = re.findall(r"\.extern \.shared .*?([$\w]+)\[\]", ptx)
                 shared_bytes += -shared_bytes % 16
-                constants |= {name: constant(SHARED + shared_bytes) for name in dynamic}
-                constants |= {name: pattern(PRIVATE + LANES * private_bytes + place) for name, place in places.items()}
-                return Program(instructions, labels, constants, shared_bytes, private_bytes)
+                constants |= {name: constant(SHARED + shared_bytes, num_threads) for name in dynamic}
+                private = PRIVATE + np.arange(num_threads) * private_bytes
+                constants |= {name: pattern(private + place) for name, place in places.items()}
+                return Kernel(num_threads, instructions, labels, constants, shared_bytes, private_bytes)
         statement = statement.strip()
         if private := re.match(r"\.local \.align \d+ \.b8 ([$\w]+)\[(\d+)\]", statement):
             scopes[-1][private[1]] = name = f"{private[1]}#{num_scopes}"
@@ -254,7 +259,7 @@ def parse(ptx):
         elif shared := re.match(r"\.shared \.align (\d+) \.b8 ([$\w]+)\[(\d+)\]", statement):
             shared_bytes += -shared_bytes % int(shared[1])
             scopes[-1][shared[2]] = name = f"{shared[2]}#{num_scopes}"
-            constants[name] = constant(SHARED + shared_bytes)
+            constants[name] = constant(SHARED + shared_bytes, num_threads)
             shared_bytes += int(shared[3])
         elif statement.startswith(".reg"):
             names = re.findall(r"([$%\w]+)\s*(?:,|$)", statement)
@@ -264,7 +269,7 @@ def parse(ptx):
             renamed = re.sub(r"[$%\w.]+", lambda word, local=local: local.get(word[0], word[0]), statement)
             for number in re.findall(r"(?<![\w%$.:#+-])-?\d\w*", renamed):
                 bits = int(number[2:], 16) if number[:2] in ("0f", "0d") else int(number.rstrip("U"), 0)
-                constants[number] = constant(bits)
+                constants[number] = constant(bits, num_threads)
             instructions.append(compile_statement(renamed))
     raise ValueError("the kernel does not end")
 
@@ -274,11 +279,11 @@ def compile_statement(statement):
     op, operands = name.split(".")[0], re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^\s,]+", operands)
     try:
         if op in ("bra", "ret"):
-            targets, execute = (), lambda warp, active: warp.jump(operands, active)
+            targets, execute = (), lambda program, active: program.jump(operands, active)
         elif op == "membar":
-            targets, execute = (), lambda warp, active: ()
-        elif f"{name} {' '.join(operands)}" in BARRIERS:
-            targets, execute = (), lambda warp, active: warp.pass_barrier(active)
+            targets, execute = (), lambda program, active: ()
+        elif (barrier := f"{name} {' '.join(operands)}") in PROGRAM_BARRIERS + WARP_BARRIERS:
+            targets, execute = (), lambda program, active: program.pass_barrier(barrier in WARP_BARRIERS, active)
         elif op == "cp":
             targets, execute = (), compile_copy(name, operands)
         elif op == "st":
@@ -297,9 +302,9 @@ def registers_of(operand):
 
 
 def value_of(operand, kind):
-    """What an operand is: a function of the warp."""
+    """What an operand is: a function of the program."""
     name, read = operand.lstrip("!"), reader(kind)
-    return lambda warp: ~read(warp.registers[name]) if operand[0] == "!" else read(warp.registers[name])
+    return lambda program: ~read(program.registers[name]) if operand[0] == "!" else read(program.registers[name])
 
 
 def compile_arithmetic(name, num_targets, *operands):
@@ -309,7 +314,7 @@ def compile_arithmetic(name, num_targets, *operands):
     if op == "selp":
         kind = kind.replace("f", "b")
     values = [value_of(operand, own or kind) for operand, own in zip(operands, kinds, strict=op != "setp")]
-    return lambda warp, active: (to_register(function(*[value(warp) for value in values])),)
+    return lambda program, active: (to_register(function(*[value(program) for value in values])),)
 
 
 def compile_move(name, num_targets, operand):
@@ -317,10 +322,12 @@ def compile_move(name, num_targets, operand):
     bits = 1 if kind == "pred" else 8 * TYPES[kind].itemsize // max(num_targets, len(sources))
     field = (1 << bits) - 1
     if num_targets > 1:
-        return lambda warp, active: [warp.registers[operand] >> i * bits & field for i in range(num_targets)]
+        return lambda program, active: [program.registers[operand] >> i * bits & field for i in range(num_targets)]
     if len(sources) > 1:
-        return lambda warp, active: (sum((warp.registers[name] & field) << i * bits for i, name in enumerate(sources)),)
-    return lambda warp, active: (warp.registers[operand],)
+        return lambda program, active: (
+            sum((program.registers[name] & field) << i * bits for i, name in enumerate(sources)),
+        )
+    return lambda program, active: (program.registers[operand],)
 
 
 def compile_load(name, num_targets, place):
@@ -328,10 +335,10 @@ def compile_load(name, num_targets, place):
     space, size = space_of(name), number.itemsize * num_targets
     if space == "param":
         position = int(re.search(r"param_(\d+)\]", place)[1])
-        return lambda warp, active: (pattern(warp.parameters[position].astype(f"u{size}").view(number)),)
+        return lambda program, active: (pattern(program.parameters[position].astype(f"u{size}").view(number)),)
 
-    def load(warp, active):
-        data = warp.load(space, warp.addresses(space, place, size, active), size, active)
+    def load(program, active):
+        data = program.load(space, program.addresses(space, place, size, active), size, active)
         return [pattern(numbers) for numbers in data.view(number).T]
 
     return load
@@ -341,9 +348,9 @@ def compile_store(name, place, operand):
     sources = [value_of(source, name.split(".")[-1].replace("f", "b")) for source in registers_of(operand)]
     space = space_of(name)
 
-    def store(warp, active):
-        data = np.stack([source(warp) for source in sources], 1).view(np.uint8)
-        warp.store(space, warp.addresses(space, place, data.shape[1], active), data, active)
+    def store(program, active):
+        data = np.stack([source(program) for source in sources], 1).view(np.uint8)
+        program.store(space, program.addresses(space, place, data.shape[1], active), data, active)
         return ()
 
     return store
@@ -357,22 +364,22 @@ def space_of(name):
 
 def compile_copy(name, operands):
     if name == "cp.async.commit_group":
-        return lambda warp, active: warp.commit_copies(active)
+        return lambda program, active: program.commit_copies(active)
     if name == "cp.async.wait_group":
-        return lambda warp, active: warp.finish_copies(int(operands[0]), active)
+        return lambda program, active: program.finish_copies(int(operands[0]), active)
     if not re.fullmatch(r"cp\.async\.c[ag]\.shared(::cta)?\.global(\.L2::cache_hint)?(\.L2::\d+B)?", name):
         raise LookupError(name)
     target, source, size, *length = operands[:-1] if "cache_hint" in name else operands
     size, length = int(size), value_of(length[0] if length else size, "u32")
 
-    def copy(warp, active):
-        targets = warp.addresses("shared", target, size, active)
-        sources, lengths = warp.addresses("global", source, size, active), length(warp)
-        data = np.zeros((32, size), np.uint8)  # what is past a lane's length stays zero
+    def copy(program, active):
+        targets = program.addresses("shared", target, size, active)
+        sources, lengths = program.addresses("global", source, size, active), length(program)
+        data = np.zeros((len(active), size), np.uint8)  # what is past a thread's length stays zero
         for count in set(lengths[active].tolist()) - {0}:
-            data[:, :count] |= warp.load("global", sources, count, active & (lengths == count))
-        warp.store("shared", targets, np.full_like(data, 0xFF), active)
-        warp.copies.append((targets, data, active))
+            data[:, :count] |= program.load("global", sources, count, active & (lengths == count))
+        program.store("shared", targets, np.full_like(data, 0xFF), active)
+        program.copies.append((targets, data, active))
         return ()
 
     return copy
@@ -381,19 +388,19 @@ def compile_copy(name, operands):
 def compile_shuffle(name, num_targets, *operands):
     _, _, mode, _ = name.split(".")
     move = {
-        "up": lambda segment, b: LANES - b, "down": lambda segment, b: LANES + b,
-        "bfly": lambda segment, b: LANES ^ b, "idx": lambda segment, b: LANES & segment | b & ~segment,
+        "up": lambda lanes, segment, b: lanes - b, "down": lambda lanes, segment, b: lanes + b,
+        "bfly": lambda lanes, segment, b: lanes ^ b, "idx": lambda lanes, segment, b: lanes & segment | b & ~segment,
     }[mode]  # fmt: skip
     valid = np.greater_equal if mode == "up" else np.less_equal
     value, *others = [value_of(operand, "u64" if i == 0 else "s64") for i, operand in enumerate(operands)]
 
-    def shuffle(warp, active):
-        b, c, members = (other(warp) for other in others)
+    def shuffle(program, active):
+        b, c, members = (other(program) for other in others)
         groups(members, active)
-        segment = c >> 8 & 31
-        source = move(segment, b & 31)
-        found = valid(source, LANES & segment | c & 31 & ~segment)
-        return value(warp)[np.where(found, source, LANES)], pattern(found)
+        threads, lanes, segment = program.threads, program.lanes, c >> 8 & 31
+        source = move(lanes, segment, b & 31)
+        found = valid(source, lanes & segment | c & 31 & ~segment)
+        return value(program)[np.where(found, threads - lanes + source, threads)], pattern(found)
 
     return shuffle
 
@@ -406,49 +413,55 @@ def compile_vote(name, num_targets, operand, members):
     reduce = {"any": np.any, "all": np.all, "ballot": np.sum, "add": np.sum, "min": np.min, "max": np.max,
               "and": np.bitwise_and.reduce, "or": np.bitwise_or.reduce, "xor": np.bitwise_xor.reduce}[how]  # fmt: skip
 
-    def vote(warp, active):
-        values, result = value(warp) << LANES if how == "ballot" else value(warp), np.zeros_like(LANES)
-        for lanes in groups(members(warp), active):
-            result[lanes] = reduce(values[lanes])
+    def vote(program, active):
+        values = value(program) << program.lanes if how == "ballot" else value(program)
+        result = np.zeros_like(program.lanes)
+        for threads in groups(members(program), active):
+            result[threads] = reduce(values[threads])
         return (pattern(result),)
 
     return vote
 
 
 def groups(members, active):
-    """The lanes of each group that the active lanes' membermasks name; those named must be there and agree."""
-    members = members & 0xFFFFFFFF
-    assert (members >> LANES & 1)[active].all(), "a lane is no member of its own group"
-    lanes_of = [np.flatnonzero(mask >> LANES & 1) for mask in set(members[active].tolist())]
-    for lanes in lanes_of:
-        assert active[lanes].all() and (members[lanes] == members[lanes[0]]).all(), "members of a group are missing"
-    return lanes_of
+    """The threads of each group that the active threads' membermasks name; those named must be there and agree."""
+    threads = np.arange(len(active))
+    members = members & 0xFFFFFFFF | threads // 32 << 32  # of which warp
+    assert (members >> threads % 32 & 1)[active].all(), "a lane is no member of its own group"
+    threads_of = [np.flatnonzero(group >> LANES & 1) + (group >> 32) * 32 for group in set(members[active].tolist())]
+    for threads in threads_of:
+        assert active[threads].all() and (members[threads] == members[threads[0]]).all(), "group members are missing"
+    return threads_of
+
+
+def compile_active_mask(name, num_targets):
+    return lambda program, active: (pattern((active << program.lanes).reshape(-1, 32).sum(1).repeat(32)),)
 
 
 VALUES = {
     "ld": compile_load, "mov": compile_move, "shfl": compile_shuffle, "vote": compile_vote, "redux": compile_vote,
-    "activemask": lambda name, num_targets: lambda warp, active: (constant(int(np.sum(active << LANES))),),
-    "createpolicy": lambda name, num_targets, *fraction: lambda warp, active: (constant(0),),
+    "activemask": compile_active_mask,
+    "createpolicy": lambda name, num_targets, *fraction: lambda program, active: (constant(0, len(active)),),
 }  # fmt: skip
 
 
-# The warp ------------------------------------------------------------------------------------------------------------
+# The program ---------------------------------------------------------------------------------------------------------
 
 
-def run_warp(program, parameters, memory, shared_bytes=0, program_id=0, num_programs=1):
-    """Runs the only warp of a program; what it stores is in `memory` afterwards.
+def run_program(kernel, parameters, memory, shared_bytes=0, program_id=0, num_programs=1):
+    """Runs one program of a kernel; what it stores is in `memory` afterwards.
 
-    program: what `parse` returned. parameters: the kernel's arguments in order, integers. memory: {address: uint8
+    kernel: what `parse` returned. parameters: the kernel's arguments in order, integers. memory: {address: uint8
     array}, all the global memory there is. shared_bytes: what the launch adds to the shared memory that the kernel
-    itself declares. AssertionError: the warp does what no kernel may; a note says in which instruction.
+    itself declares. AssertionError: the program does what no kernel may; a note says in which instruction.
     """
-    warp = Warp(program, parameters, memory, shared_bytes, program_id, num_programs)
+    program = Program(kernel, parameters, memory, shared_bytes, program_id, num_programs)
     with np.errstate(all="ignore"):
-        while warp.position < len(program.instructions):
-            statement, *instruction = program.instructions[warp.position]
-            warp.position += 1
+        while program.position < len(kernel.instructions):
+            statement, *instruction = kernel.instructions[program.position]
+            program.position += 1
             try:
-                warp.step(*instruction)
+                program.step(*instruction)
             except Exception as error:
                 error.add_note(f"in {statement}")
                 raise
@@ -458,48 +471,55 @@ class Registers(dict):
     def __missing__(self, name):
         if not re.fullmatch(r"%(r|rs|rd)\d+", name):
             raise KeyError(name)
-        return constant(-1)
+        return constant(-1, len(self["%tid.x"]))
 
 
-class Warp:
-    def __init__(self, program, parameters, memory, shared_bytes, program_id, num_programs):
-        self.labels, self.position, self.end = program.labels, 0, len(program.instructions)
-        self.parameters = [constant(parameter) for parameter in parameters]
-        self.registers = Registers(program.constants)
-        self.registers |= dict.fromkeys(("%tid.x", "%laneid"), LANES.view(np.uint64))
-        self.registers |= dict.fromkeys(("%tid.y", "%tid.z", "%ctaid.y", "%ctaid.z"), constant(0))
-        self.registers |= {"%ctaid.x": constant(program_id), "%nctaid.x": constant(num_programs)}
-        shared = Memory(SHARED, np.full(program.shared_bytes + shared_bytes, 0xFF, np.uint8))
-        private = Memory(PRIVATE, np.full(32 * program.private_bytes, 0xFF, np.uint8))
-        self.memory = {"shared": [shared], "local": [private], "global": [Memory(*item) for item in memory.items()]}
-        self.copies, self.groups = [], []  # (addresses, data, lanes) on their way to shared memory, and lists of them
+class Program:
+    def __init__(self, kernel, parameters, memory, shared_bytes, program_id, num_programs):
+        num_threads = kernel.num_threads
+        self.labels, self.position, self.end = kernel.labels, 0, len(kernel.instructions)
+        self.threads, self.everyone = np.arange(num_threads), np.ones(num_threads, bool)
+        self.lanes = self.threads % 32
+        self.parameters = [constant(parameter, num_threads) for parameter in parameters]
+        self.registers = Registers(kernel.constants)
+        self.registers |= {"%tid.x": pattern(self.threads), "%laneid": pattern(self.lanes)}
+        special = dict.fromkeys(("%tid.y", "%tid.z", "%ctaid.y", "%ctaid.z"), 0)
+        special |= {"%ctaid.x": program_id, "%nctaid.x": num_programs}
+        self.registers |= {name: constant(number, num_threads) for name, number in special.items()}
+        shared = np.full(kernel.shared_bytes + shared_bytes, 0xFF, np.uint8)
+        private = np.full(num_threads * kernel.private_bytes, 0xFF, np.uint8)
+        spaces = {"shared": {SHARED: shared}, "local": {PRIVATE: private}, "global": memory}
+        self.memory = {
+            space: [Memory(*array, num_threads) for array in arrays.items()] for space, arrays in spaces.items()
+        }
+        self.copies, self.groups = [], []  # (addresses, data, threads) on their way to shared memory, and lists of them
 
     def step(self, guard, targets, execute):
-        active = guard(self) if guard else EVERYONE
+        active = guard(self) if guard else self.everyone
         if active.any():
             for target, value in zip(targets, execute(self, active), strict=False):
                 self.registers[target] = np.where(active, value, self.registers.get(target, 0)) if guard else value
 
     def jump(self, labels, active):
-        assert active.all(), "the lanes part"
+        assert active.all(), "the threads part"
         self.position = self.labels[labels[0]] if labels else self.end
         return ()
 
-    def pass_barrier(self, active):
-        assert active.all(), "not all lanes meet"
+    def pass_barrier(self, of_warp, active):
+        assert active.all(), "not all threads meet"
         for memory in (*self.memory["shared"], *self.memory["global"]):
-            memory.forget()
+            memory.forget(of_warp)
         return ()
 
     def commit_copies(self, active):
-        assert active.all(), "lanes differ in how many groups of copies they have"
+        assert active.all(), "threads differ in how many groups of copies they have"
         self.groups.append(self.copies)
         self.copies = []
         return ()
 
     def finish_copies(self, unfinished, active):
         """All groups but the last `unfinished`."""
-        assert active.all(), "not all lanes wait"
+        assert active.all(), "not all threads wait"
         while len(self.groups) > unfinished:
             for copy in self.groups.pop(0):
                 self.store("shared", *copy)
@@ -507,54 +527,62 @@ class Warp:
 
     def addresses(self, space, operand, size, active):
         base, _, offset = operand.strip("[]").partition("+")
-        addresses = self.registers[base.strip()] + constant(int(offset or 0))
+        addresses = self.registers[base.strip()] + np.uint64(int(offset or 0) % (1 << 64))
         addresses = addresses & 0xFFFFFFFF if space == "shared" else addresses
         wrong = addresses[active & (addresses % size != 0)]
         assert not len(wrong), f"{wrong[0]:#x} is not a multiple of {size}"
         return addresses
 
     def load(self, space, addresses, size, active):
-        """The bytes [32, size] from each lane's address on; zeros in lanes that are not active."""
-        data = np.zeros((32, size), np.uint8)
-        for memory, lanes, places in self.find(space, addresses, size, active):
-            memory.touch(places, lanes, writes=False)
-            data[lanes] = memory.data[places]
+        """The bytes [threads, size] from each thread's address on; zeros in threads that are not active."""
+        data = np.zeros((len(active), size), np.uint8)
+        for memory, threads, places in self.find(space, addresses, size, active):
+            memory.touch(places, threads, writes=False)
+            data[threads] = memory.data[places]
         return data
 
     def store(self, space, addresses, data, active):
-        for memory, lanes, places in self.find(space, addresses, data.shape[1], active):
-            memory.touch(places, lanes, writes=True)
-            memory.data[places] = data[lanes]
+        for memory, threads, places in self.find(space, addresses, data.shape[1], active):
+            memory.touch(places, threads, writes=True, at_once=space == "shared")
+            memory.data[places] = data[threads]
+            assert (memory.data[places] == data[threads]).all(), "lanes store different numbers in one place"
 
     def find(self, space, addresses, size, active):
-        """Yields each memory that lanes access, which lanes, and the places [lanes, size] of their bytes."""
+        """Yields each memory that threads access, which threads, and the places [threads, size] of their bytes."""
         for memory in self.memory[space]:
             offsets = addresses - np.uint64(memory.base)
             inside = active & (offsets < len(memory.data)) & (offsets + size <= len(memory.data))
             if inside.any():
-                yield memory, LANES[inside], offsets[inside, None] + np.arange(size, dtype=np.uint64)
+                yield memory, self.threads[inside], offsets[inside, None] + np.arange(size, dtype=np.uint64)
             active = active & ~inside
         assert not active.any(), f"{size} bytes at {addresses[active][0]:#x} are not all {space} memory"
 
 
 class Memory:
-    """Bytes from an address on, and which lane used and which wrote each since the last barrier."""
+    """Bytes from an address on, and which thread used and which wrote each since the last barrier, of a warp or of the
+    program; where there are several warps, also which warp since the last of the program."""
 
     NOBODY, SEVERAL = -1, -2
 
-    def __init__(self, base, data):
+    def __init__(self, base, data, num_threads):
         self.base, self.data = base, data
-        self.users, self.writers = np.full((2, len(data)), self.NOBODY, np.int8)
+        self.traces = {size: np.full((2, len(data)), self.NOBODY, np.int16) for size in (1, 32) if size < num_threads}
 
-    def forget(self):
-        self.users[:] = self.writers[:] = self.NOBODY
+    def forget(self, of_warp):
+        for size, trace in self.traces.items():
+            if size == 1 or not of_warp:
+                trace[:] = self.NOBODY
 
-    def touch(self, places, lanes, writes):
-        lanes, users, writers = lanes[:, None], self.users[places], self.writers[places]
-        self.users[places] = lanes
-        shared = (self.users[places] != lanes) | (users != lanes) & (users != self.NOBODY)
-        self.users[places[shared]] = self.SEVERAL
-        races = shared if writes else (writers != lanes) & (writers != self.NOBODY)
-        assert not races.any(), f"two lanes race for {self.base + int(places[races][0]):#x}"
-        if writes:
-            self.writers[places] = lanes
+    def touch(self, places, threads, writes, at_once=False):
+        """at_once: lanes of a warp may write the same place in one instruction, as reductions across warps do."""
+        for size, (all_users, all_writers) in self.traces.items():
+            names, users, writers = threads[:, None] // size, all_users[places], all_writers[places]
+            all_users[places] = names
+            now, before = all_users[places] != names, (users != names) & (users != self.NOBODY)
+            all_users[places[now | before]] = self.SEVERAL
+            if writes:
+                races = before | now & (size > 1 or not at_once)
+                all_writers[places] = names
+            else:
+                races = (writers != names) & (writers != self.NOBODY)
+            assert not races.any(), f"two threads race for {self.base + int(places[races][0]):#x}"

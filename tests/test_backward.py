@@ -23,7 +23,7 @@ from cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ptx import parse, run_warp
+from ptx import parse, run_program
 from triton.backends.compiler import GPUTarget
 
 from omni_kernels import backward as module
@@ -215,7 +215,7 @@ def test_compiled_code(case, programs):
     memory = {address: tensor.view(torch.uint8).numpy().reshape(-1) for address, tensor in tensors.items()}
     num_programs = triton.cdiv(len(grad), tile_m) * triton.cdiv(num_expert_sqrt, tile_n)
     for program in range(num_programs):
-        run_warp(programs[case], [*tensors, 2 * k, 2, len(grad), k], memory, program_id=program)
+        run_program(programs[case], [*tensors, 2 * k, 2, len(grad), k], memory, program_id=program)
     want = oracle_backward(grad.float(), indices, num_expert_sqrt)
     assert_same_bits(outputs, [part.to(TYPES[dtype]) for part in want])
 

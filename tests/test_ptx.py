@@ -1,6 +1,7 @@
 """The code NVIDIA GPUs run for lanes.py and frontier.py, run on the CPU: see ptx.py. Compiling needs a process whose
 Triton is no interpreter, so this file runs itself as a program."""
 
+import contextlib
 import json
 import multiprocessing
 from typing import NamedTuple
@@ -9,7 +10,7 @@ import pytest
 import torch
 import triton
 from cases import INF, NAN, adversarial_logits, assert_same_bits, by_magnitude, close_logits, compiled_by, dtype_name
-from ptx import parse, run_warp
+from ptx import parse, run_program
 from triton.backends.compiler import GPUTarget
 
 from omni_kernels import factored_router, frontier, lanes
@@ -62,12 +63,12 @@ CASES = [
     Case(32, 7, FP32, 16, False, 2, {"HALVED": True, "TILE_N": 32, "CHUNK": 2}),
     Case(32, 10, FP32, 16, True, 2, {"HALVED": True, "TILE_N": 32, "CHUNK": 1}),
     Case(4, 9, FP32, 16, True, 2, {"HALVED": True, "TILE_N": 4, "CHUNK": 1}),
-    # Transposed, in squares; one tile, or two.
-    Case(64, 8, BF16, -16, True, 2, {"TRANSPOSED": True, "TILE_N": 64, "CHUNK": 4, "NARROW": True}),
-    Case(64, 10, FP16, -16, True, 2, {"TRANSPOSED": True, "TILE_N": 64, "CHUNK": 2}),
-    Case(512, 3, BF16, -16, True, 2, {"TRANSPOSED": True, "TILE_N": 256, "CHUNK": 4}),
-    Case(256, 3, FP32, -16, False, 2, {"TRANSPOSED": True, "TILE_N": 128, "HALVED": True}),
-    Case(128, 9, FP32, -16, True, 2, {"TRANSPOSED": True, "LOOPED": True, "HALVED": True}),
+    # Transposed, in squares, by several warps together; one tile, or several.
+    Case(64, 8, BF16, -16, True, 2, {"TRANSPOSED": True, "TILE_N": 64, "CHUNK": 4, "NARROW": True, "num_warps": 4}),
+    Case(64, 10, FP16, -16, True, 2, {"TRANSPOSED": True, "TILE_N": 64, "CHUNK": 2, "num_warps": 4}),
+    Case(512, 3, BF16, -16, True, 2, {"TRANSPOSED": True, "TILE_N": 128, "CHUNK": 4, "num_warps": 4}),
+    Case(256, 3, FP32, -16, False, 2, {"TRANSPOSED": True, "TILE_N": 128, "HALVED": True, "num_warps": 2}),
+    Case(128, 9, FP32, -16, True, 2, {"TRANSPOSED": True, "LOOPED": True, "HALVED": True, "num_warps": 2}),
     # Logit by logit.
     Case(33, 5, BF16, 2, True, 4, {"TILE_N": 0}),
     Case(7, 5, FP16, 0, True, 4, {"TILE_N": 0}),
@@ -85,7 +86,7 @@ CASES = [
 
 
 def constants_of(case):
-    """As the launcher has them, but for one warp."""
+    """As the launcher has them, but for one warp where a warp shares nothing with others."""
     *problem, num_lanes, expected = case
     if num_lanes:
         alignment = max(case.alignment, 0)
@@ -95,31 +96,33 @@ def constants_of(case):
         constants = dict(frontier._constants(*problem))
     differing = {name: constants[name] for name, value in expected.items() if constants[name] != value}
     assert not differing, f"{case}: {differing}"
-    constants.pop("num_warps", None)
-    constants |= {"TILE_M": 32} if num_lanes else {}
+    if not constants.get("TRANSPOSED"):
+        constants |= {"num_warps": 1} | ({"TILE_M": 32} if num_lanes else {})
     return constants | ({"stride_xn": 1, "stride_yn": 1} if case.alignment > 0 else {})
 
 
 def compile_case(position):
-    """The PTX of a case, and how many tokens a warp has."""
+    """The PTX of a case, how much shared memory its launch adds, and how many tokens a program has."""
     case = CASES[position]
     kernel = lanes.lanes_kernel if case.lanes else frontier.frontier_kernel
     constexprs = constants_of(case)
+    options = {"num_warps": constexprs.pop("num_warps")}
     element = {FP32: "fp32", FP16: "fp16", BF16: "bf16"}[case.dtype]
     types = dict.fromkeys(("x_ptr", "y_ptr", "scores_ptr"), f"*{element}") | {"indices_ptr": "*i32"}
     signature = {name: "constexpr" if name in constexprs else types.get(name, "i32") for name in kernel.arg_names}
     source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
-    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1}).asm["ptx"]
-    return ptx, 32 // case.lanes if case.lanes else constexprs["TOKENS"]
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    tokens = constexprs["TILE_M"] // case.lanes if case.lanes else constexprs["TOKENS"]
+    return compiled.asm["ptx"], compiled.metadata.shared, tokens
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    """For every case the parsed program, and how many tokens it routes."""
-    return [(parse(ptx), tokens) for ptx, tokens in compiled_by(__file__, tmp_path_factory.mktemp("cache"))]
+def kernels(tmp_path_factory):
+    """For every case what `compile_case` returns, parsed."""
+    return [(parse(ptx), *rest) for ptx, *rest in compiled_by(__file__, tmp_path_factory.mktemp("cache"))]
 
 
-def run_kernel(program, tokens_per_warp, x, y, k):
+def run_kernel(kernel, shared_bytes, tokens_per_program, x, y, k):
     """Scores and indices of all tokens."""
     scores, indices = torch.full((len(x), k), NAN, dtype=x.dtype), torch.full((len(x), k), -1, dtype=torch.int32)
     tensors = {X: x, Y: y, SCORES: scores, INDICES: indices}
@@ -128,42 +131,117 @@ def run_kernel(program, tokens_per_warp, x, y, k):
         for address, tensor in tensors.items()
     }
     strides = [*x.stride(), *y.stride()] if x.stride(1) > 1 else [x.stride(0), y.stride(0)]
-    num_programs = triton.cdiv(len(x), tokens_per_warp)
+    num_programs = triton.cdiv(len(x), tokens_per_program)
     for program_id in range(num_programs):
-        run_warp(program, [*tensors, *strides, len(x)], memory, program_id=program_id, num_programs=num_programs)
+        run_program(kernel, [*tensors, *strides, len(x)], memory, shared_bytes, program_id, num_programs)
     return scores, indices
 
 
-def logits_of(case, tokens_per_warp):
-    """Warps of tokens whose sums have few bits, then tokens of every kind, the largest logits last, so that not
-    all warps have any."""
+def logits_of(case, tokens_per_program):
+    """Programs of tokens whose sums have few bits, then tokens of every kind, the largest logits last, so that not
+    all programs have any."""
     x, y = adversarial_logits(case.num_expert_sqrt, case.dtype, repeats=2)
     order = by_magnitude(x, y)
     order = order[:5] if case.k > 100 else order[1:]  # an odd number, and few where they are slow
+    more = (8 - len(order)) % 16 if case.alignment < 0 else 0  # for a multiple of 8 tokens, but not of 16
     generator = torch.Generator().manual_seed(0)
-    short = torch.randint(-100, 101, (2, 3 * tokens_per_warp, case.num_expert_sqrt), generator=generator) / 32
-    # In a warp each, sums that are equal though their rows are not: infinite, or rounded.
+    short = torch.randint(-100, 101, (2, 3 * tokens_per_program + more, case.num_expert_sqrt), generator=generator) / 32
+    # In a program each, sums that are equal though their rows are not: infinite, or rounded.
     if case.lanes:
         short[1, 0, 0] = INF
     parts = [short.to(case.dtype), (x[order], y[order])]
     if case.dtype == FP32 and case.k <= 100:
-        rounded = short[0, tokens_per_warp]
+        rounded = short[0, tokens_per_program]
         rounded[:2], rounded[-1] = torch.tensor([3.25, 3.5]), 3.25 + 2.0**-22
-        parts.insert(1, close_logits(case.num_expert_sqrt, case.k, apart=tokens_per_warp if case.lanes else 1))
+        parts.insert(1, close_logits(case.num_expert_sqrt, case.k, apart=tokens_per_program if case.lanes else 1))
     x, y = (torch.cat(factor) for factor in zip(*parts, strict=True))
-    if case.alignment > 0:
-        return x, y
-    if case.alignment < 0:  # a multiple of 8 tokens, but not of 16
-        x, y = (factor[-((len(x) - 8) // 16 * 16 + 8) :] for factor in (x, y))
-    return x.t().contiguous().t(), y.t().contiguous().t()
+    return (x, y) if case.alignment > 0 else (x.t().contiguous().t(), y.t().contiguous().t())
 
 
 @pytest.mark.parametrize("position", range(len(CASES)), ids=map(str, CASES))
-def test_every_kind_of_token(position, programs):
-    case, (program, tokens_per_warp) = CASES[position], programs[position]
-    x, y = logits_of(case, tokens_per_warp)
-    assert len(x) % tokens_per_warp != 0, "these tokens do not test a warp that is not full"
-    assert_same_bits(run_kernel(program, tokens_per_warp, x, y, case.k), factored_router(x, y, case.k))
+def test_every_kind_of_token(position, kernels):
+    case, (kernel, shared_bytes, tokens_per_program) = CASES[position], kernels[position]
+    x, y = logits_of(case, tokens_per_program)
+    assert len(x) % tokens_per_program != 0, "these tokens do not test a program that is not full"
+    assert_same_bits(run_kernel(kernel, shared_bytes, tokens_per_program, x, y, case.k), factored_router(x, y, case.k))
+
+
+TWO_WARPS = """
+.visible .entry kernel(.param .u64 kernel_param_0)
+.reqntid 64
+{{
+    .reg .pred %p<2>;
+    .reg .b32 %r<5>;
+    .reg .b64 %rd<2>;
+    .shared .align 4 .b8 words[256];
+    mov.u32 %r1, %tid.x;
+    {}
+    mov.u32 %r4, %tid.x;
+    ld.param.b64 %rd1, [kernel_param_0];
+    mad.wide.u32 %rd1, %r4, 4, %rd1;
+    st.global.b32 [%rd1], %r1;
+    ret;
+}}
+"""
+THREADS = torch.arange(64)
+
+
+def run_two_warps(code):
+    """What each of 64 threads has in %r1, at first its number, after some PTX."""
+    numbers = torch.full((64,), -1, dtype=torch.int32)
+    run_program(parse(TWO_WARPS.format(code)), [X], {X: numbers.view(torch.uint8).numpy()})
+    return numbers
+
+
+@pytest.mark.parametrize("partner", [1, 32])
+@pytest.mark.parametrize("before", ["", "bar.warp.sync -1;", "bar.sync 0;"])
+@pytest.mark.parametrize("after", ["", "bar.warp.sync -1;", "bar.sync 0;"])
+def test_barriers(partner, before, after):
+    """Two threads of a warp or of two read what the other wrote, and overwrite their own."""
+    code = f"""
+    mov.u32 %r2, words;
+    xor.b32 %r3, %r1, {partner};
+    mad.lo.s32 %r3, %r3, 4, %r2;
+    mad.lo.s32 %r2, %r1, 4, %r2;
+    st.shared.b32 [%r2], %r1; {before}
+    ld.shared.b32 %r1, [%r3]; {after}
+    st.shared.b32 [%r2], %r1;
+    """
+    if "" in (before, after) or (partner == 32 and "bar.warp.sync -1;" in (before, after)):
+        with pytest.raises(AssertionError, match="race"):
+            run_two_warps(code)
+    else:
+        assert torch.equal(run_two_warps(code), (THREADS ^ partner).int())
+
+
+@pytest.mark.parametrize(("place", "number", "error"), [(32, 32, None), (32, 31, "different"), (0, 0, "race")])
+def test_stores_at_once(place, number, error):
+    """Lanes of a warp may store the same number in one place of shared memory."""
+    code = f"""
+    mov.u32 %r2, words;
+    and.b32 %r3, %r1, {place};
+    add.u32 %r2, %r2, %r3;
+    and.b32 %r1, %r1, {number};
+    st.shared.b32 [%r2], %r1;
+    """
+    with pytest.raises(AssertionError, match=error) if error else contextlib.nullcontext():
+        run_two_warps(code)
+
+
+@pytest.mark.parametrize(
+    ("code", "want"),
+    [
+        ("mov.u32 %r1, %laneid;", THREADS % 32),
+        ("shfl.sync.idx.b32 %r1, %r1, 5, 31, -1;", THREADS // 32 * 32 + 5),
+        ("shfl.sync.down.b32 %r1, %r1, 16, 31, -1;", THREADS | 16),
+        ("redux.sync.max.u32 %r1, %r1, -1;", THREADS | 31),
+        ("setp.ge.u32 %p1, %r1, 40; vote.sync.ballot.b32 %r1, %p1, -1;", THREADS // 32 * -(1 << 8)),
+        ("setp.ge.u32 %p1, %r1, 40; @%p1 activemask.b32 %r1;", torch.where(THREADS < 40, THREADS, -(1 << 8))),
+    ],
+)
+def test_exchanges(code, want):
+    """Each warp's is its own."""
+    assert torch.equal(run_two_warps(code), want.int())
 
 
 if __name__ == "__main__":
