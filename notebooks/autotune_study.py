@@ -830,8 +830,7 @@ def draw_distribution(rows):
     figure, axes = plt.subplots(figsize=(9, 0.42 * len(problems) + 1.4), layout="constrained")
     marks = {"general": (study.BLUE, ".", 5), "architecture": (study.GREEN, "D", 6), "original": (study.RED, "o", 8)}
     for line, problem in enumerate(problems):
-        lists = lists_of(rows, problem)
-        best = min(min(times.values()) for times in lists.values())
+        lists, best = lists_of(rows, problem), min(times_of(rows, problem).values())
         for name, (color, marker, size) in marks.items():
             values = np.array([us for us in lists.get(name, {}).values() if math.isfinite(us)]) / best
             hollow = {} if name == "general" else {"markerfacecolor": "none", "markeredgewidth": 1.4}

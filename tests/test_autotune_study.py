@@ -104,6 +104,8 @@ def test_what_was_measured_before_a_stop_is_kept_and_gone_on_from(gpu, capsys):
     assert "Stopped." in capsys.readouterr().out
     first = tables.read("autotune")
     assert first["time_us"].notna().sum() == 7
+    autotune.draw_here()
+    assert "MEASURED_SPACE = {" in capsys.readouterr().out
     gpu["stop"] = math.inf
     autotune.run_study(problems=PROBLEMS)
     whole = tables.read("autotune")
