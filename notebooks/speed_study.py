@@ -493,8 +493,8 @@ def peak_bytes(route, x, y, k):
 
 
 def first_call_rows(work):
-    """The rows of the first-call table: fresh processes, all cases at a time, once with an empty cache on disk and once
-    with what that left there."""
+    """The rows of the first-call table: fresh processes, which begin together and then call one after the other, once
+    with an empty cache on disk and once with what that left there."""
     rows, unknown = [], dict.fromkeys(["first_s", "other_tokens", "other_s", "other_compiled", "error"])
     with tempfile.TemporaryDirectory() as folder:
         for cache in ("cold", "warm"):
@@ -502,7 +502,7 @@ def first_call_rows(work):
                 _start_first_call(name, case, f"{folder}/{number}") for number, (name, case) in enumerate(work)
             ]
             for process, (name, case) in zip(processes, work, strict=True):
-                output, fault = process.communicate()
+                output, fault = process.communicate("call\n")
                 failed = process.returncode != 0
                 last = ((fault if failed else output).strip().splitlines() or ["no output"])[-1]
                 found = {"error": last[:120]} if failed else json.loads(last)
@@ -513,7 +513,7 @@ def first_call_rows(work):
 def _start_first_call(name, case, cache):
     program = f"import speed_study; speed_study.first_call({name!r}, speed_study.{case!r})"
     environment = os.environ | {"TRITON_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join(sys.path)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes = {**dict.fromkeys(["stdin", "stdout", "stderr"], subprocess.PIPE), "text": True}
     return subprocess.Popen([sys.executable, "-c", program], cwd=NOTEBOOKS, env=environment, **pipes)
 
 
@@ -533,6 +533,7 @@ def first_call(name, case):
     other_tokens = 16 if case.num_tokens > 1024 else 65536
     some, others = logits(case), logits(case._replace(num_tokens=other_tokens))
     torch.cuda.synchronize()
+    input()  # until no other process calls
     first = seconds(*some)
     compiled = num_compiled()
     found = {"first_s": first, "other_tokens": other_tokens, "other_s": seconds(*others)}
