@@ -301,9 +301,9 @@ def test_first_calls_run_in_processes_of_their_own_and_once(gpu, monkeypatch):
     autotune.first_calls(((64, 16, 4),))
     autotune.first_calls(((64, 16, 4),))
     rows = tables.read("first_call")
-    assert rows["implementation"].tolist() == ["omni_router"] * 2 + ["original, tuned"] * 2
-    assert rows["cache"].tolist() == ["cold", "warm"] * 2
-    assert rows["first_s"].tolist() == [2.0, 0.5] * 2
+    assert rows["implementation"].tolist() == [name for name in autotune.FIRST_CALLERS for _ in range(2)]
+    assert rows["cache"].tolist() == ["cold", "warm"] * 3
+    assert rows["first_s"].tolist() == [2.0, 0.5] * 3
     monkeypatch.setattr(autotune, "FIRST_CALL", "raise SystemExit('out of luck')")
     with pytest.raises(RuntimeError, match="The first call of omni_router failed:\nout of luck"):
         autotune.first_calls(((128, 16, 4),))
