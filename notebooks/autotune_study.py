@@ -926,7 +926,7 @@ def draw_transfer(rows):
                     linewidths=0.5, annot_kws={"size": 9})  # fmt: skip
         axes.set(title=NAMES[kernel], xlabel="used at tokens, N", ylabel="best of tokens, N")
         axes.tick_params(axis="y", labelrotation=0)
-        axes.tick_params(axis="x", labelrotation=20)
+        axes.set_xticks(axes.get_xticks(), [name.replace(", ", "\n") for name in matrix], rotation=0)
     figure.suptitle("Time with another problem's best configuration / best", x=0.02, ha="left", weight="bold")
     figure.tight_layout()
     return figure
