@@ -17,6 +17,7 @@ from omni_kernels.configs import pruned
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INF, NAN = float("inf"), float("nan")
 ON_GPU = torch.cuda.is_available()
+NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}  # the environment of a process that sees none
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 
@@ -24,14 +25,18 @@ def dtype_name(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-def compiled_by(file, cache):
-    """What a test file, run as a program, prints as JSON: in a process whose Triton is no interpreter, as compiling
-    needs, and keeps what it compiles in the folder `cache`."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(cache)}
-    run = subprocess.run([sys.executable, file], env=environment, capture_output=True, text=True)
+def run_python(*arguments, **environment):
+    """What a Python of its own prints, whose Triton is no interpreter."""
+    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment = inherited | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment
+    run = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    return run.stdout
+
+
+def compiled_by(file, cache):
+    """What a test file, run as a program, prints as JSON. It keeps what it compiles in the folder `cache`."""
+    return json.loads(run_python(file, TRITON_CACHE_DIR=str(cache)))
 
 
 def by_magnitude(x, y):

@@ -1,14 +1,11 @@
 """The configuration tables to the last entry, and tuning that never depends on the exact number of tokens."""
 
 import itertools
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import ON_GPU
+from cases import NO_GPU, ON_GPU, run_python
 
 from omni_kernels import configs, forward, get_arch, get_arch_specific_configs, get_device, original
 from omni_kernels.configs import get_configs, pruned, token_bucket, tuned
@@ -261,17 +258,10 @@ print(sum(hasattr(kernel, "asm") for kernel in compiled))
 
 
 def test_compiling_together_compiles_all_and_ignores_what_fails(tmp_path):
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["3"]
+    assert run_python("-c", COMPILE, TRITON_CACHE_DIR=str(tmp_path)).split() == ["3"]
 
 
 def test_importing_needs_no_gpu_and_tunes_nothing():
     program = "from omni_kernels import configs, get_arch, get_device\n"
     program += "print(configs.tuned.cache_info().currsize, get_arch(get_device()))"
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["0", "cpu"]
+    assert run_python("-c", program, **NO_GPU).split() == ["0", "cpu"]

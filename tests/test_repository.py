@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import triton
 import yaml
+from cases import NO_GPU
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "omni_kernels"
@@ -79,7 +80,7 @@ def test_package_imports_only_pytorch_triton_and_the_standard_library():
 
 def run_without_gpu(name, folder, interpret):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+    environment |= NO_GPU
     if interpret:
         environment["TRITON_INTERPRET"] = "1"
     program = ROUTE_SOMETHING.format(name=name)

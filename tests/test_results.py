@@ -1,13 +1,12 @@
 """README's results are those of the recorded tables, and what the tables and their arithmetic say is right."""
 
 import importlib
-import os
 import pathlib
-import subprocess
 import sys
 
 import pytest
 import torch
+from cases import run_python
 from conftest import DEVICE
 
 from omni_kernels import brute_force_router, factored_router
@@ -275,11 +274,7 @@ for name in speed_study.RUNGS[speed_study.RUNGS.index("a row a lane") :]:
 
 
 def test_rungs_of_lanes_compile_without_a_gpu():
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    run = subprocess.run([sys.executable, "-c", COMPILE_RUNGS], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.splitlines() == speed.RUNGS[speed.RUNGS.index("a row a lane") :]
+    assert run_python("-c", COMPILE_RUNGS).splitlines() == speed.RUNGS[speed.RUNGS.index("a row a lane") :]
 
 
 def test_a_table_that_cannot_be_measured_keeps_no_other_from_it(no_tables, monkeypatch):

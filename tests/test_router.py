@@ -1,10 +1,7 @@
 """The public functions: results, gradients, dispatch and bad input; each of the three does all of it."""
 
 import contextlib
-import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,6 +10,7 @@ import triton
 from cases import (
     DTYPES,
     NAN,
+    NO_GPU,
     ON_GPU,
     adversarial_logits,
     assert_routes,
@@ -23,6 +21,7 @@ from cases import (
     is_poisoned,
     layouts,
     oracle_backward,
+    run_python,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
@@ -198,10 +197,7 @@ for dtype in DTYPES:
             assert_same_bits(torch.autograd.grad(scores, (x, y), grad), oracle_backward(grad, indices, n))
 print("done")
 """
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
-    assert (run.returncode, run.stdout) == (0, "done\n"), run.stderr
+    assert run_python("-c", program, **NO_GPU) == "done\n"
 
 
 # Gradients -----------------------------------------------------------------------------------------------------------
