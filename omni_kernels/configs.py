@@ -197,7 +197,9 @@ class _Trials:
         """What Triton calls to narrow the choice. Results may be on disk already, so nothing is compiled yet."""
         sizes = (named_args[name] for name in ("token_bucket", "num_expert_sqrt", "num_experts_per_token"))
         kept = pruned(configs, self.kernel_type, *sizes)
-        self.compile = lambda: compile_all(self.kernel, kept, list(named_args.values()), constants)
+        self.compile = lambda: compile_all(
+            self.kernel, list(named_args.values()), [constants | config.all_kwargs() for config in kept]
+        )
         return kept
 
     def bench(self, launch, quantiles):
@@ -246,18 +248,17 @@ def pruned(configs, kernel_type, token_bucket, num_expert_sqrt, num_experts_per_
     return list(first.values())
 
 
-def compile_all(kernel, configs, args, constants):
-    """Compiles a kernel for every configuration, on all cores. What fails raises when it is launched, not here.
+def compile_all(kernel, args, variants):
+    """Compiles variants of a kernel together, on all cores. What fails raises when it is launched, not here.
 
     Args:
         kernel: a triton.jit function.
-        configs: a list of triton.Config.
         args: its positional arguments, tensors or their dtypes.
-        constants: a dictionary of its keyword arguments, without those of the configurations.
+        variants: for each variant a dictionary of its keyword arguments.
     """
     with (
         concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
         triton.AsyncCompileMode(pool, ignore_errors=True),
     ):
-        for config in configs:
-            kernel.warmup(*args, grid=(1,), **constants, **config.all_kwargs())
+        for constants in variants:
+            kernel.warmup(*args, grid=(1,), **constants)

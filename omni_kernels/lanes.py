@@ -27,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import device_of, interpreting, kernel_input, on_nvidia, output_dtype
+from .configs import compile_all, device_of, interpreting, kernel_input, on_nvidia, output_dtype
 from .keys import float_to_key, index_bits, pack, pack_wide, unpack, unpack_wide
 from .networks import best_of, bitonic, exchange, is_less, merge, merge_best, sort
 from .words import (
@@ -727,12 +727,13 @@ def lanes_forward(router_logits_x, router_logits_y, num_experts_per_token, score
     lanes = lanes_per_token(num_tokens, num_expert_sqrt, x.element_size(), device)
     with device_of(x):
         constants = _constants(*problem, lanes)
-        lanes_kernel[(-(-num_tokens * lanes // constants["TILE_M"]),)](*args, **constants)
         if (device, scores_dtype, *problem) not in _compiled and not interpreting():
             _compiled.add((device, scores_dtype, *problem))
             # No later number of tokens shall have to wait for its kernel.
-            for other in {2, lanes_per_token(1, num_expert_sqrt, x.element_size(), device)} - {lanes}:
-                lanes_kernel.warmup(*args, **_constants(*problem, other), grid=(1,))
+            kinds = {2, lanes_per_token(1, num_expert_sqrt, x.element_size(), device)}
+            if len(kinds) > 1:
+                compile_all(lanes_kernel, args, [_constants(*problem, kind) for kind in kinds])
+        lanes_kernel[(-(-num_tokens * lanes // constants["TILE_M"]),)](*args, **constants)
     return scores.to(scores_dtype), indices
 
 

@@ -51,8 +51,7 @@ def exchange(a, b, NVIDIA: tl.constexpr, FP64: tl.constexpr, one=None):
         )  # fmt: skip
         return larger, smaller
     else:
-        swap = a < b
-        return tl.where(swap, b, a), tl.where(swap, a, b)
+        return tl.maximum(a, b), tl.minimum(a, b)
 
 
 @triton.jit

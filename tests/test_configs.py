@@ -226,7 +226,8 @@ def test_candidates_are_compiled_together_before_the_first_is_timed(monkeypatch)
     assert events == []  # the result may be on disk
     for launch in ("first", "second"):
         trials.bench(launch, (0.5, 0.2, 0.8))
-    assert events == [(forward.forward_kernel, kept, [64, 16, 1024], {"TILE_N": 64}), "first", "second"]
+    variants = [{"TILE_N": 64} | config.all_kwargs() for config in kept]
+    assert events == [(forward.forward_kernel, [64, 16, 1024], variants), "first", "second"]
 
 
 # For a process whose Triton is no interpreter, and a GPU that is not there. A tile of 17 columns fails to compile.
@@ -250,8 +251,9 @@ class Driver:
 triton.runtime.driver.set_active(Driver())
 args = [torch.float32, torch.float32, torch.float32, torch.int32, 16, 1, 16, 1, 64, 16, 2, 64]
 candidates = [configs.get_configs("general", "fwd")[index] for index in (0, 3, 9)]
-configs.compile_all(forward.forward_kernel, candidates, args, {"TILE_N": 16})
-configs.compile_all(forward.forward_kernel, candidates[:1], args, {"TILE_N": 17})
+variants = [{"TILE_N": 16} | config.all_kwargs() for config in candidates]
+configs.compile_all(forward.forward_kernel, args, variants)
+configs.compile_all(forward.forward_kernel, args, [variants[0] | {"TILE_N": 17}])
 compiled = list(forward.forward_kernel.device_caches[0][0].values())
 print(sum(hasattr(kernel, "asm") for kernel in compiled))
 """
