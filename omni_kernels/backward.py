@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .configs import device_of, interpreting, kernel_input, on_nvidia, output_dtype
-from .words import allocate_rows, sync_warp
+from .words import allocate_rows, load_words, store_words, sync_warp
 
 ROW_WORDS = 4096  # sums a warp holds in shared memory at once, of both factors: 16 KiB let 13 warps share an SM
 MAX_TILE_M = 16  # tokens of a warp: a lane for each of their rows
@@ -36,22 +36,12 @@ def _store_word(address, word):
 
 
 @triton.jit
-def _store_zeros(address, OFFSET: tl.constexpr):
-    """16 zero bytes at address + OFFSET."""
-    tl.inline_asm_elementwise(
-        f"{{ .reg .b32 zero; mov.b32 zero, 0; st.shared.v4.b32 [$1+{OFFSET}], {{zero, zero, zero, zero}};"
-        " mov.u32 $0, 0; }",
-        "=r,r", [address], tl.int32, False, 1,
-    )  # fmt: skip
-
-
-@triton.jit
-def _load_words(address, OFFSET: tl.constexpr):
-    """A tuple of the 4 words at address + OFFSET, as fp32 numbers."""
-    return tl.inline_asm_elementwise(
-        f"ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4+{OFFSET}];", "=f,=f,=f,=f,r", [address],
-        (tl.float32, tl.float32, tl.float32, tl.float32), False, 1,
-    )  # fmt: skip
+def _load_numbers(address, OFFSET: tl.constexpr):
+    """A tuple of the 4 fp32 numbers at address + OFFSET."""
+    words, numbers = load_words(address, OFFSET, 4), ()
+    for i in tl.static_range(4):
+        numbers = numbers + (words[i].to(tl.float32, bitcast=True),)
+    return numbers
 
 
 @triton.jit
@@ -130,8 +120,9 @@ def shared_kernel(
     indices_ptrs = indices_ptr + (first_token + rows) * num_experts_per_token + slots
     mask = (rows < num_rows) & (slots < num_experts_per_token)
     grad, experts = tl.load(grad_ptrs, mask=mask, other=0.0), tl.load(indices_ptrs, mask=mask, other=0)
+    zero = lane * 0
     for step in tl.static_range(SLOTS // 512):
-        _store_zeros(buffer + lane * 16, step * 512)
+        store_words(buffer + lane * 16, step * 512, (zero, zero, zero, zero))
     for start in range(TILE_K, num_experts_per_token + TILE_K, TILE_K):
         sync_warp(lane)  # the slots before these have been added
         _store_word(place, grad.to(tl.float32).to(tl.int32, bitcast=True))
@@ -142,14 +133,13 @@ def shared_kernel(
         grad = tl.load(grad_ptrs + start.to(tl.int64) * stride_gk, mask=mask, other=0.0)  # while these are added
         experts = tl.load(indices_ptrs + start, mask=mask, other=0)
         for step in tl.static_range(0, TILE_K, 4):
-            offsets, values = _load_words(own_offsets, step * 4), _load_words(own_grad, step * 4)
+            offsets, values = load_words(own_offsets, step * 4, 4), _load_numbers(own_grad, step * 4)
             addresses, masks = (), ()
             for i in tl.static_range(4):
-                offset = offsets[i].to(tl.int32, bitcast=True)
                 mine = lane < 2 * TILE_M
                 if TILE_N < NUM_EXPERT_SQRT:
-                    mine = mine & (offset >= 0) & (offset < TILE_N * 4)
-                addresses, masks = addresses + (own_row + offset,), masks + (mine,)
+                    mine = mine & (offsets[i] >= 0) & (offsets[i] < TILE_N * 4)
+                addresses, masks = addresses + (own_row + offsets[i],), masks + (mine,)
             _add_in_order(addresses, values, masks)
     sync_warp(lane)
 
@@ -161,8 +151,8 @@ def shared_kernel(
     y_out = (grad_y_ptr + start).to(tl.int64) + lane * 4 * (DTYPE.primitive_bitwidth // 8)
     for first in tl.static_range(0, TILE_M * TILE_N, 128):
         mask = first + lane * 4 < end
-        _store_sums(x_out, first, _load_words(buffer + lane * 16, first * 4), mask, DTYPE)
-        _store_sums(y_out, first, _load_words(buffer + lane * 16, ROWS + first * 4), mask, DTYPE)
+        _store_sums(x_out, first, _load_numbers(buffer + lane * 16, first * 4), mask, DTYPE)
+        _store_sums(y_out, first, _load_numbers(buffer + lane * 16, ROWS + first * 4), mask, DTYPE)
 
 
 @triton.jit

@@ -233,7 +233,7 @@ def _best_in_loops(row, buffer, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K: tl
     none = row & 0
     chunks = _lowest_keys(none, CHUNKS + 1 if HALVED else CHUNKS, FP64)
     for group in tl.range(TILE_N // (CHUNK * GROUP)):
-        wait_for_rows(none + group, TILE_N // (CHUNK * GROUP), TRANSPOSED)
+        wait_for_rows(none + group, TILE_N // (CHUNK * GROUP))
         first = hide(none + group * GROUP)
         if TRANSPOSED:
             turn_columns(buffer, first * CHUNK, GROUP * CHUNK, BYTES, PITCH)
@@ -551,6 +551,23 @@ def fill_masked(x_ptrs, y_ptrs, out_ptrs, stride_xn, stride_yn, num_finite, fill
         slot += masked.to(tl.int32)
 
 
+@triton.jit
+def _copy_tile(buffer, segment, x_ptr, y_ptr, stride_xn, stride_yn, first_token, num_tokens, column, wanted,
+               TILE_N: tl.constexpr, VECTOR: tl.constexpr, PITCH: tl.constexpr, PARTS: tl.constexpr,
+               TRANSPOSED: tl.constexpr, PRIORITY: tl.constexpr):  # fmt: skip
+    """Start copying the tile of every lane's segment that begins at a column of it, if wanted."""
+    BYTES: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth // 8
+    wanted = wanted.to(tl.int32)
+    if TRANSPOSED:
+        copy_columns(
+            buffer, x_ptr, y_ptr, stride_xn, stride_yn, first_token, num_tokens, column, wanted, TILE_N, PITCH, PARTS,
+            PRIORITY,
+        )  # fmt: skip
+    else:
+        address = segment + (column * BYTES).to(tl.int64)
+        copy_rows(buffer, address, wanted, TILE_N * BYTES, VECTOR, PITCH, PARTS, PRIORITY)
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def lanes_kernel(
     x_ptr, y_ptr, scores_ptr, indices_ptr,
@@ -591,14 +608,10 @@ def lanes_kernel(
             PITCH: tl.constexpr = (VECTORS + 1 - VECTORS % 2) * VECTOR
             buffer = allocate_rows(lane, TILE_M * PITCH)
             PARTS: tl.constexpr = TILE_N // (CHUNK * GROUP) if LOOPED else 1
-            wanted = (lane >= 0).to(tl.int32)
-            if TRANSPOSED:
-                copy_columns(
-                    buffer, x_ptr, y_ptr, stride_xn, stride_yn, first_token, num_tokens, 0, wanted,
-                    TILE_N, PITCH, PARTS, PRIORITY,
-                )  # fmt: skip
-            else:
-                copy_rows(buffer, segment, wanted, TILE_N * BYTES, VECTOR, PITCH, PARTS, PRIORITY)
+            _copy_tile(
+                buffer, segment, x_ptr, y_ptr, stride_xn, stride_yn, first_token, num_tokens, lane * 0, lane >= 0,
+                TILE_N, VECTOR, PITCH, PARTS, TRANSPOSED, PRIORITY,
+            )  # fmt: skip
         # Where 32-bit keys do for fp32 logits, nearly always, two more than K tell.
         SORT_KEY: tl.constexpr = _bit_length(TILE_N - 1) if HALVED else DTYPE
         LISTED: tl.constexpr = min(OWN + 2, TILE_N) if HALVED else OWN
@@ -610,7 +623,7 @@ def lanes_kernel(
             if STAGED:
                 row = buffer + lane * PITCH
                 if not LOOPED:
-                    wait_for_rows(lane * 0, 1, TRANSPOSED)
+                    wait_for_rows(lane * 0, 1)
                     if TRANSPOSED:
                         turn_columns(buffer, 0, TILE_N, BYTES, PITCH)
             if LOOPED:
@@ -626,15 +639,10 @@ def lanes_kernel(
                 more = more if LOOPED else _best_of_groups(keys, LISTED, GROUP, NVIDIA, FP64, one)
                 more = _exact_keys(more, row, doubt, DTYPE, TILE_N, OWN, GROUP, VECTOR, SORT_KEY, FP64)
             if STAGED and TILES > 1:  # where the tile is not read again
-                wanted = (lane * 0 + step + 1 < TILES).to(tl.int32)
-                if TRANSPOSED:
-                    copy_columns(
-                        buffer, x_ptr, y_ptr, stride_xn, stride_yn, first_token, num_tokens, column + TILE_N, wanted,
-                        TILE_N, PITCH, PARTS, PRIORITY,
-                    )  # fmt: skip
-                else:
-                    next_tile = segment + ((column + TILE_N) * BYTES).to(tl.int64)
-                    copy_rows(buffer, next_tile, wanted, TILE_N * BYTES, VECTOR, PITCH, PARTS, PRIORITY)
+                _copy_tile(
+                    buffer, segment, x_ptr, y_ptr, stride_xn, stride_yn, first_token, num_tokens, column + TILE_N,
+                    lane * 0 + step + 1 < TILES, TILE_N, VECTOR, PITCH, PARTS, TRANSPOSED, PRIORITY,
+                )  # fmt: skip
             if not (LOOPED or HALVED):
                 more = _best_of_groups(keys, OWN, GROUP, NVIDIA, FP64, one)
             if TILES == 1:

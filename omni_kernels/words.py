@@ -106,15 +106,11 @@ def _commit(like):
 
 
 @triton.jit
-def wait_for_rows(part, PARTS: tl.constexpr, TOGETHER: tl.constexpr):
-    """Wait until the parts up to `part`, counted from 0, of what was copied last have arrived.
-
-    That is what this warp copied or, TOGETHER, what all of the program's did.
-    """
+def wait_for_rows(part, PARTS: tl.constexpr):
+    """Wait until the parts up to `part`, counted from 0, of what this warp copied last have arrived."""
     WAITS: tl.constexpr = _waits(PARTS)
-    BARRIER: tl.constexpr = "bar.sync 0" if TOGETHER else "bar.warp.sync 0xffffffff"
     tl.inline_asm_elementwise(
-        f"{{ .reg .pred p; {WAITS} {BARRIER}; mov.u32 $0, 0; }}", "=r,r", [part], tl.int32, False, 1
+        f"{{ .reg .pred p; {WAITS} bar.warp.sync 0xffffffff; mov.u32 $0, 0; }}", "=r,r", [part], tl.int32, False, 1
     )
 
 
@@ -168,13 +164,17 @@ def copy_columns(buffer, x_ptr, y_ptr, stride_x, stride_y, token, num_tokens, fi
 
 @triton.jit
 def turn_columns(buffer, first, COLUMNS: tl.constexpr, BYTES: tl.constexpr, PITCH: tl.constexpr):
-    """Make rows of the COLUMNS from `first` on that `copy_columns` has copied, in multiples of 128 bytes of a row."""
+    """Make rows of the COLUMNS from `first` on that `copy_columns` has copied, in multiples of 128 bytes of a row.
+
+    Every warp of the program has waited for what it copied of them itself.
+    """
     SIDE: tl.constexpr = 16 // BYTES
     THREADS: tl.constexpr = buffer.shape[0]
     VECTORS: tl.constexpr = THREADS // (2 * SIDE)
     thread = tl.arange(0, THREADS)
     tokens, factor, square = thread // (2 * SIDE), thread // SIDE % 2, thread % SIDE
     rows = buffer + (2 * tokens * SIDE + factor) * PITCH + first * BYTES
+    sync_program(thread)
     for start in tl.static_range(0, COLUMNS * BYTES, 128):
         columns = ()
         for more in tl.static_range(0, 8, SIDE):
@@ -191,22 +191,22 @@ def turn_columns(buffer, first, COLUMNS: tl.constexpr, BYTES: tl.constexpr, PITC
                     row = ()
                     for i in tl.static_range(SIDE):
                         row = row + (columns[more + i][word],)
-                    _store_words(target, row)
+                    store_words(target, 0, row)
                 else:
                     even, odd = (), ()
                     for i in tl.static_range(0, SIDE, 2):
                         low, high = transpose_halves(columns[more + i][word], columns[more + i + 1][word])
                         even, odd = even + (low,), odd + (high,)
-                    _store_words(target, even)
-                    _store_words(target + 2 * PITCH, odd)
+                    store_words(target, 0, even)
+                    store_words(target, 2 * PITCH, odd)
     sync_warp(thread)
 
 
 @triton.jit
-def _store_words(address, words):
-    """Four words to shared memory."""
+def store_words(address, OFFSET: tl.constexpr, words):
+    """Four 32-bit words to shared memory, at address + OFFSET."""
     tl.inline_asm_elementwise(
-        "st.shared.v4.b32 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0;", "=r,r,r,r,r,r",
+        f"st.shared.v4.b32 [$1+{OFFSET}], {{$2, $3, $4, $5}}; mov.u32 $0, 0;", "=r,r,r,r,r,r",
         [address, words[0], words[1], words[2], words[3]], tl.int32, False, 1,
     )  # fmt: skip
 
