@@ -366,9 +366,9 @@ def measure(again="OMNI_AGAIN" in os.environ):
     done = dict.fromkeys(TABLES, "measured before")
     if work:
         done = {"compiled ahead": ahead["error"] if ahead else f"in {time.perf_counter() - start:.0f} s"} | done
+    others = {"layouts": layout_rows, "memory": memory_rows, "first_calls": first_call_rows}
     for table in work:
         start = time.perf_counter()
-        others = {"layouts": layout_rows, "memory": memory_rows, "first_calls": first_call_rows}
         rows = others.get(table, timed_rows)
         failed = attempt(lambda rows=rows, table=table: tables.append(table, rows(work[table])))
         done[table] = failed["error"] if failed else f"measured now, in {time.perf_counter() - start:.0f} s"

@@ -25,11 +25,11 @@ def dtype_name(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-def run_python(*arguments, **environment):
-    """What a Python of its own prints, whose Triton is no interpreter."""
+def run_python(*arguments, folder=None, **environment):
+    """What a Python of its own prints, in this folder or another, whose Triton is no interpreter unless told so."""
     inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment = inherited | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment
-    run = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return run.stdout
 

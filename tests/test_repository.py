@@ -1,11 +1,9 @@
 """What surrounds the package stays true: one place for versions, README's commands, imports, the package copied."""
 
 import ast
-import os
 import pathlib
 import re
 import shutil
-import subprocess
 import sys
 import tomllib
 
@@ -13,7 +11,7 @@ import numpy as np
 import pytest
 import triton
 import yaml
-from cases import NO_GPU
+from cases import NO_GPU, run_python
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "omni_kernels"
@@ -79,16 +77,8 @@ def test_package_imports_only_pytorch_triton_and_the_standard_library():
 
 
 def run_without_gpu(name, folder, interpret):
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= NO_GPU
-    if interpret:
-        environment["TRITON_INTERPRET"] = "1"
-    program = ROUTE_SOMETHING.format(name=name)
-    result = subprocess.run(
-        [sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout.split()
+    environment = NO_GPU | {"PYTHONPATH": ""} | ({"TRITON_INTERPRET": "1"} if interpret else {})
+    return run_python("-c", ROUTE_SOMETHING.format(name=name), folder=folder, **environment).split()
 
 
 def test_works_without_gpu_and_interpreter():
