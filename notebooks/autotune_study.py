@@ -1,9 +1,8 @@
 """The autotune study: every configuration of every kernel, compiled for any GPU without one, timed on the one at hand.
 
-python notebooks/autotune_study.py                 times what is not yet timed on this GPU, for five minutes at most
-python notebooks/autotune_study.py --verify        times again, and prints how well the recorded order is reproduced
-python notebooks/autotune_study.py --compile       asks the compiler alone, for every architecture; needs no GPU
-python notebooks/autotune_study.py --first-calls   times first calls, with nothing compiled or tuned before
+python notebooks/autotune_study.py             times what is not yet timed on this GPU, for five minutes at most
+python notebooks/autotune_study.py --verify    times again, and prints how well the recorded order is reproduced
+python notebooks/autotune_study.py --compile   asks the compiler alone, for every architecture; needs no GPU
 
 Rows go to OMNI_FIGURES/data, by default to study-output/figures/data. Running again goes on where the last run stopped.
 """
@@ -13,7 +12,6 @@ import collections
 import functools
 import hashlib
 import itertools
-import json
 import math
 import multiprocessing
 import multiprocessing.connection
@@ -22,6 +20,7 @@ import pathlib
 import random
 import re
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -78,8 +77,10 @@ LIMITS = {
 
 FAST_DOUBLES = ("cuda:sm80", "cuda:sm90", "cuda:sm100")  # where the last two kernels compare keys as doubles
 
+COMPILE_SECONDS, TIME_SECONDS = 1.2, 0.03  # what a configuration takes, as a rule: of a core, of the GPU
 COMPILE_LIMIT = 30  # seconds one configuration may take to compile
 HOPELESS = 20  # times slower than the best so far: one sample is enough
+EXECUTABLE = 4  # SHF_EXECINSTR, of a section in an ELF file
 PREDICTORS = ["registers", "spills", "shared", "instructions", "occupancy", "prediction"]
 
 
@@ -239,25 +240,36 @@ def resources(binary):
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(binary.asm["cubin"])
             file.flush()
-            command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+            command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
             text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         registers, spills = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
-        code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", text, flags=re.MULTILINE)
+        code = machine_code(binary.asm["cubin"])
+        instructions = len(code) // 16
     else:
         text = binary.asm["amdgcn"]
         counts = {name: int(re.search(rf"\.{name}: +(\d+)", text)[1])
                   for name in ("vgpr_count", "private_segment_fixed_size")}  # fmt: skip
         registers, spills = counts.values()
-        code = re.findall(r"^\t(?![.;])(.*?)(?:;.*)?$", text, flags=re.MULTILINE)
+        lines = re.findall(r"^\t(?![.;])(.*?)(?:;.*)?$", text, flags=re.MULTILINE)
+        code, instructions = "\n".join(lines).encode(), len(lines)
     # Besides what Triton allocates there is what a kernel's own PTX declares.
     declared = re.findall(r"\.shared [^;]*\[(\d+)\]", binary.asm.get("ptx", ""))
     return {
         "registers": registers,
         "spills": spills,
         "shared": binary.metadata.shared + sum(map(int, declared)),
-        "instructions": len(code),
-        "binary": hashlib.sha256("\n".join(code).encode()).hexdigest()[:12],
+        "instructions": instructions,
+        "binary": hashlib.sha256(code).hexdigest()[:12],
     }
+
+
+def machine_code(cubin):
+    """The instructions of a kernel, 16 bytes each: the executable sections of its ELF file. Disassembling them would
+    take as long as compiling."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count = struct.unpack_from("<HH", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + number * size) for number in range(count)]
+    return b"".join(cubin[start : start + length] for _, _, flags, _, start, length in sections if flags & EXECUTABLE)
 
 
 def occupancy(arch, registers, shared, num_warps):
@@ -402,16 +414,10 @@ def with_occupancy(rows):
 
 def measure(run, best):
     """Median, 20% and 80% quantile of the time of `run`, in µs; a single sample where the best is far from reach."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
-    once = start.elapsed_time(end)
-    quantiles = (0.5, 0.2, 0.8)
-    if once * 1000 > HOPELESS * best:
-        return [once * 1000] * 3
-    return [1000 * ms for ms in timing.do_bench(run, warmup=1, rep=12, quantiles=quantiles)]
+    once = min(timing.once(run) for _ in range(2))  # the host may stumble, twice in a row it does not
+    if once > HOPELESS * best:
+        return [once] * 3
+    return [1000 * ms for ms in timing.do_bench(run, warmup=1, rep=12, quantiles=(0.5, 0.2, 0.8))]
 
 
 def this_gpu():
@@ -430,17 +436,19 @@ def this_gpu():
 def run_jobs(jobs, minutes, keep):
     """Compiles the jobs in parallel, then times them one by one, and hands each row to `keep` as soon as it is there.
 
-    Stops when the minutes are over; half of them are for the compiler. Raises RuntimeError where there is no GPU.
+    Stops when the minutes are over; at least half of them are for the compiler. Raises RuntimeError where there is no
+    GPU.
     """
     device, target = this_gpu()
-    start = time.monotonic()
-    cores = min(os.cpu_count(), len(jobs))
-    print(f"{len(jobs)} configurations: about {len(jobs) * (0.7 / cores + 0.04) + 5:.0f} s, at most {minutes} min")
+    start, limit, left = time.monotonic(), 60 * minutes, len(jobs) * TIME_SECONDS
+    estimate = 10 + len(jobs) * COMPILE_SECONDS / os.cpu_count() + left
+    print(f"{len(jobs)} configurations: about {estimate:.0f} s, at most {limit:.0f} s")
     rows = {key_of(*job): {**dict(zip(KEY, key_of(*job), strict=True)), **device} for job in jobs}
     to_compile = [(*job, target) for job in jobs]
     compiled = {}
     progress = {"total": len(to_compile), "desc": "compiling"}
-    for (problem, config, _), outcome in tqdm(compile_jobs(to_compile, start + 30 * minutes), **progress):
+    outcomes = compile_jobs(to_compile, start + max(limit - left, limit / 2))
+    for (problem, config, _), outcome in tqdm(outcomes, **progress):
         key = key_of(problem, config)
         if "error" in outcome:
             keep({**rows[key], **outcome})
@@ -448,7 +456,7 @@ def run_jobs(jobs, minutes, keep):
             compiled[key] = {**rows[key], **outcome}
     best = dict.fromkeys(PROBLEMS, math.inf)
     for problem, config in tqdm([job for job in jobs if key_of(*job) in compiled], desc="timing"):
-        if time.monotonic() > start + 60 * minutes:
+        if time.monotonic() > start + limit:
             return
         row = compiled[key_of(problem, config)]
         try:
@@ -502,59 +510,6 @@ def verify(minutes=5):
           f"{ratio.quantile(0.05):.3f} to {ratio.quantile(0.95):.3f}")  # fmt: skip
 
 
-FIRST_CALL = """
-import functools, json, sys, time
-import torch, triton
-from omni_kernels import configs, omni_router, original, triton_omni_router_func
-
-@functools.cache
-def tuned_as_published(kernel, kernel_type):
-    key = ["num_tokens", "num_expert_sqrt", "num_experts_per_token"]
-    return triton.autotune(configs.get_configs("original", kernel_type), key=key)(kernel)
-
-route, tokens, n, k = sys.argv[1], *map(int, sys.argv[2:])
-if route == "original, tuned as published":
-    original.tuned = tuned_as_published
-seconds = []
-for count in (tokens, tokens * 3 // 4, tokens):
-    x, y = torch.randn(2, count, n, device="cuda").bfloat16()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    omni_router(x, y, k) if route == "omni_router" else triton_omni_router_func(x, y, n, k)
-    torch.cuda.synchronize()
-    seconds.append(time.perf_counter() - start)
-print(json.dumps(seconds))
-"""
-FIRST_CALLERS = ("omni_router", "original, tuned", "original, tuned as published")
-
-
-def first_calls(problems=((1024, 64, 16), (1024, 256, 16), (65536, 256, 16))):
-    """Times the first call in a fresh process, with an empty cache and with the one that left; then another token
-    count, and the same again. Not again what is on record. Raises as `run_study` does."""
-    this_gpu()
-    columns = ["implementation", "tokens", "num_expert_sqrt", "k"]
-    known = tables.measured_here("first_call")
-    known = set(known[columns].itertuples(index=False, name=None)) if len(known) else set()
-    todo = [(name, *p) for name in FIRST_CALLERS for p in problems if (name, *p) not in known]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(tables.REPOSITORY)
-    print(f"{len(todo)} first calls, each cold and warm: about {30 * len(todo)} s")
-    for name, tokens, n, k in tqdm(todo, desc="first calls"):
-        rows = []
-        with tempfile.TemporaryDirectory() as cache:
-            for state in ("cold", "warm"):
-                run = subprocess.run(
-                    [sys.executable, "-c", FIRST_CALL, name, *map(str, (tokens, n, k))],
-                    env={**environment, "TRITON_CACHE_DIR": cache}, capture_output=True, text=True,
-                )  # fmt: skip
-                if run.returncode:
-                    raise RuntimeError(f"The first call of {name} failed:\n{run.stderr[-2000:]}")
-                seconds = (round(value, 4) for value in json.loads(run.stdout.splitlines()[-1]))
-                first = dict(zip(("first_s", "other_count_s", "again_s"), seconds, strict=True))
-                rows.append({**dict(zip(columns, (name, tokens, n, k), strict=True)), "cache": state, **first})
-        tables.append("first_call", rows)
-
-
 # What the tables say --------------------------------------------------------------------------------------------------
 
 
@@ -590,18 +545,29 @@ def prediction(row):
     """Cycles a launch should take: waves of programs, times the instructions of each, issued by four schedulers."""
     if math.isnan(row.instructions) or not row.occupancy:
         return math.nan
-    sizes = tile_sizes(row.tile)
-    tokens = tokens_of(sizes, row.num_warps)
-    steps = {
-        "fwd": tokens,
-        "fwd_split": tokens * -(-(row.num_expert_sqrt**2) // sizes.get("TILE_N", 1)),
-        "bwd": -(-row.k // sizes.get("TILE_K", 1)),
-    }.get(row.kernel, 1)
-    programs = math.ceil(row.tokens / tokens)
+    programs = math.ceil(row.tokens / tokens_of(tile_sizes(row.tile), row.num_warps))
     resident = min(row.occupancy, math.ceil(programs / row.multiprocessors))
     waves = math.ceil(programs / (row.multiprocessors * row.occupancy))
     latency = 6  # cycles from an instruction to one that needs it, where no other warp fills them
-    return waves * steps * row.instructions * max(latency, resident * row.num_warps / 4)
+    return waves * rounds(row) * row.instructions * max(latency, resident * row.num_warps / 4)
+
+
+def rounds(row):
+    """How often a program should run through most of its code."""
+    sizes = tile_sizes(row.tile)
+    if row.kernel == "fwd":
+        return sizes["TILE_M"]
+    if row.kernel == "fwd_split":
+        # Once for each tile and once for each expert that is among the best so far: of the experts of the j-th tile, in
+        # random order, k / j are.
+        tiles = math.ceil(row.num_expert_sqrt**2 / sizes["TILE_N"])
+        return sizes["TILE_M"] * (tiles + row.k * sum(1 / tile for tile in range(1, tiles + 1)))
+    if row.kernel == "bwd":
+        return math.ceil(row.k / sizes["TILE_K"])
+    if row.kernel == "frontier":
+        merges = math.ceil(row.num_expert_sqrt / (sizes["PIECE"] * frontier.PIECES))
+        return row.k * (merges + 1)  # a merge takes k rounds, and so does popping the pairs
+    return 1
 
 
 def title(problem):
@@ -733,13 +699,6 @@ def compiled_table(rows):
             "programs at once (median)": groups["occupancy"].median(),
         }
     )
-
-
-def first_call_table(rows):
-    """Seconds of the first call, of one with another token count, and of the same again; cold and warm."""
-    return rows.groupby(["tokens", "num_expert_sqrt", "k", "implementation", "cache"])[
-        ["first_s", "other_count_s", "again_s"]
-    ].last()
 
 
 def correlations(rows):
@@ -980,14 +939,12 @@ def draw_here():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=5, help="stop after this long (default: %(default)s)")
-    for name in ("verify", "compile", "first-calls"):
+    for name in ("verify", "compile"):
         parser.add_argument(f"--{name}", action="store_true")
     options = parser.parse_args()
     try:
         if options.compile:
             compile_table()
-        elif options.first_calls:
-            first_calls()
         elif options.verify:
             verify(options.minutes)
         else:

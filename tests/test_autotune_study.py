@@ -176,6 +176,14 @@ def test_verifying_prints_the_rank_correlation_and_keeps_nothing(gpu, capsys):
     assert len(tables.read("autotune")) == count
 
 
+def test_only_what_is_slow_twice_is_given_up_after_a_sample(monkeypatch):
+    samples = iter([900.0, 7.0, 900.0, 800.0])
+    monkeypatch.setattr(autotune.timing, "once", lambda run: next(samples))
+    monkeypatch.setattr(autotune.timing, "do_bench", lambda run, **_: [0.006, 0.005, 0.007])
+    assert autotune.measure("run", best=6.0) == [6.0, 5.0, 7.0]
+    assert autotune.measure("run", best=6.0) == [800.0] * 3
+
+
 class EndsTheProcess:
     """Unpickling it ends the process that does."""
 
@@ -290,20 +298,3 @@ def test_the_pictures(gpu, tmp_path, capsys):
     drawn = {path.stem for path in (tmp_path / "figures").glob("*.png")}
     assert drawn == {"heat_fwd", "regret", "correlations", "transfer", "gains", "autotune_here", "autotune_two_gpus"}
     assert "MEASURED_SPACE = {" in capsys.readouterr().out
-
-
-def test_first_calls_run_in_processes_of_their_own_and_once(gpu, monkeypatch):
-    program = "import os, pathlib\n"
-    program += "cold = not any(pathlib.Path(os.environ['TRITON_CACHE_DIR']).iterdir())\n"
-    program += "(pathlib.Path(os.environ['TRITON_CACHE_DIR']) / 'kernel').touch()\n"
-    program += "print([2.0 if cold else 0.5, 0.25, 0.125])\n"
-    monkeypatch.setattr(autotune, "FIRST_CALL", program)
-    autotune.first_calls(((64, 16, 4),))
-    autotune.first_calls(((64, 16, 4),))
-    rows = tables.read("first_call")
-    assert rows["implementation"].tolist() == [name for name in autotune.FIRST_CALLERS for _ in range(2)]
-    assert rows["cache"].tolist() == ["cold", "warm"] * 3
-    assert rows["first_s"].tolist() == [2.0, 0.5] * 3
-    monkeypatch.setattr(autotune, "FIRST_CALL", "raise SystemExit('out of luck')")
-    with pytest.raises(RuntimeError, match="The first call of omni_router failed:\nout of luck"):
-        autotune.first_calls(((128, 16, 4),))
