@@ -8,14 +8,10 @@ import concurrent.futures
 import contextlib
 import functools
 import itertools
-import json
 import math
 import multiprocessing
 import os
 import pathlib
-import subprocess
-import sys
-import tempfile
 import time
 
 import matplotlib.pyplot as plt
@@ -106,6 +102,13 @@ def _replaced(module, **values):
         vars(module).update(before)
 
 
+def public_kernels(x, y, k):
+    """The router's public implementation, github.com/flash-algo/omni-moe."""
+    from omni_moe.ops.triton.omni_router import triton_omni_router_func  # only few have it
+
+    return triton_omni_router_func(x, y, x.shape[1], k)
+
+
 class Changed:
     """A kernel whose every launch has some constants changed."""
 
@@ -150,7 +153,7 @@ def lanes_rung(**constants):
 
 ALL_SUMS, FACTORED, COMPILED = "PyTorch, all N² sums", "PyTorch, factored", "PyTorch, factored, compiled"
 QUACK, ORIGINAL, OPTIMIZED, OMNI = "QuACK top-k, compiled", "original kernels", "optimized kernels", "omni_router"
-FRONTIER = "frontier kernel"
+FRONTIER, PUBLIC = "frontier kernel", "omni-moe kernels"
 
 # What the later rungs change, the last one first.
 KEPT = {"PRIORITY": "evict_normal"}
@@ -162,10 +165,15 @@ LONG_PAIRS = ONE_WARP | {"NARROW": False}
 # In the order of the ladder; the last is none of its rungs. A rung says what is new in it.
 RIVALS = {
     ALL_SUMS: Rival(pytorch_all_sums, "all N² sums", "Writes every sum to memory, then reads them to select."),
+    PUBLIC: Rival(
+        public_kernels,
+        "all N² sums",
+        "The public implementation: sums stay on the chip; each of the k rounds still looks at all of them.",
+    ),
     ORIGINAL: Rival(
         lambda x, y, k: triton_omni_router_func(x, y, x.shape[1], k),
         "all N² sums",
-        "Sums stay on the chip; each of the k rounds still looks at all of them.",
+        "The same plan, its defects mended; what beats the running best is inserted at once, not shifted in.",
     ),
     OPTIMIZED: Rival(
         lambda x, y, k: triton_omni_router_func_optimized(x, y, x.shape[1], k),
@@ -301,19 +309,13 @@ TIMED = {
     "guide": [(Case(1024, size, k, "bf16"), [ORIGINAL, OPTIMIZED, OMNI]) for size in (64, 128, 256) for k in (16, 32)],
 }  # fmt: skip
 MEMORY = [(Case(1024, 1 << power, 16, "bf16"), [ALL_SUMS, FACTORED, OMNI]) for power in range(4, 13)]
-FIRST_CALLS = [
-    (OMNI, Case(16, 256, 16, "bf16")), (OMNI, MAIN), (OMNI, FP32), (OMNI, FP32._replace(k=32)),
-    (OMNI, MAIN._replace(k=128)), (ORIGINAL, Case(1024, 64, 16, "bf16")), (OPTIMIZED, Case(1024, 64, 16, "bf16")),
-]  # fmt: skip
 # How the same logits may lie in memory.
 LAYOUTS = {
     "rows": lambda logits: logits,
     "rows of a wider matrix": lambda logits: torch.cat([logits, logits], 1)[:, : logits.shape[1]],
     "columns": lambda logits: logits.t().contiguous().t(),
 }
-TABLES = TIMED | {
-    "layouts": [(case, list(LAYOUTS)) for case in (MAIN, FP32)], "memory": MEMORY, "first_calls": FIRST_CALLS
-}  # fmt: skip
+TABLES = TIMED | {"layouts": [(case, list(LAYOUTS)) for case in (MAIN, FP32)], "memory": MEMORY}
 GUIDE_EXPECTS = {64: (10, 20), 128: (15, 25), 256: (20, 35)}  # percent
 
 
@@ -361,12 +363,11 @@ def measure(again="OMNI_AGAIN" in os.environ):
         return dict.fromkeys(TABLES, "not measured: no GPU here")
     work = {table: cases for table, cases in TABLES.items() if again or tables.measured_here(table).empty}
     start = time.perf_counter()
-    compiled = [table for table in work if table not in ("layouts", "first_calls")]
-    ahead = attempt(_compile_ahead, [pair for table in compiled for pair in work[table]])
+    ahead = attempt(_compile_ahead, [pair for table in work if table != "layouts" for pair in work[table]])
     done = dict.fromkeys(TABLES, "measured before")
     if work:
         done = {"compiled ahead": ahead["error"] if ahead else f"in {time.perf_counter() - start:.0f} s"} | done
-    others = {"layouts": layout_rows, "memory": memory_rows, "first_calls": first_call_rows}
+    others = {"layouts": layout_rows, "memory": memory_rows}
     for table in work:
         start = time.perf_counter()
         rows = others.get(table, timed_rows)
@@ -492,54 +493,6 @@ def peak_bytes(route, x, y, k):
     return {"peak_bytes": torch.cuda.max_memory_allocated() - before}
 
 
-def first_call_rows(work):
-    """The rows of the first-call table: fresh processes, which begin together and then call one after the other, once
-    with an empty cache on disk and once with what that left there."""
-    rows, unknown = [], dict.fromkeys(["first_s", "other_tokens", "other_s", "other_compiled", "error"])
-    with tempfile.TemporaryDirectory() as folder:
-        for cache in ("cold", "warm"):
-            processes = [
-                _start_first_call(name, case, f"{folder}/{number}") for number, (name, case) in enumerate(work)
-            ]
-            for process, (name, case) in zip(processes, work, strict=True):
-                output, fault = process.communicate("call\n")
-                failed = process.returncode != 0
-                last = ((fault if failed else output).strip().splitlines() or ["no output"])[-1]
-                found = {"error": last[:120]} if failed else json.loads(last)
-                rows.append({"rival": name, **case._asdict(), "cache": cache, **unknown, **found})
-    return rows
-
-
-def _start_first_call(name, case, cache):
-    program = f"import speed_study; speed_study.first_call({name!r}, speed_study.{case!r})"
-    environment = os.environ | {"TRITON_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join(sys.path)}
-    pipes = {**dict.fromkeys(["stdin", "stdout", "stderr"], subprocess.PIPE), "text": True}
-    return subprocess.Popen([sys.executable, "-c", program], cwd=NOTEBOOKS, env=environment, **pipes)
-
-
-def first_call(name, case):
-    """Print how long this process's first call takes, and a call with another token count: few after many, many after
-    few, which the router gives to different kernels."""
-
-    def seconds(x, y):
-        start = time.perf_counter()
-        RIVALS[name].route(x, y, case.k)
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    def num_compiled():
-        return len(list(pathlib.Path(triton.knobs.cache.dir).glob("*/*.ttir")))
-
-    other_tokens = 16 if case.num_tokens > 1024 else 65536
-    some, others = logits(case), logits(case._replace(num_tokens=other_tokens))
-    torch.cuda.synchronize()
-    input()  # until no other process calls
-    first = seconds(*some)
-    compiled = num_compiled()
-    found = {"first_s": first, "other_tokens": other_tokens, "other_s": seconds(*others)}
-    print(json.dumps(found | {"other_compiled": num_compiled() - compiled}))
-
-
 def _compile_ahead(work):
     """Compile what the cases of some tables will launch, in many processes, which share Triton's cache on disk.
 
@@ -548,7 +501,7 @@ def _compile_ahead(work):
     pairs = list(dict.fromkeys((name, case) for case, names in work for name in names))
     jobs = collections.defaultdict(list)
     for name, case in pairs:
-        for part in range(PARTS if name in (ORIGINAL, OPTIMIZED) else name in (OMNI, FRONTIER, *RUNGS)):
+        for part in range(PARTS if name in (PUBLIC, ORIGINAL, OPTIMIZED) else name in (OMNI, FRONTIER, *RUNGS)):
             jobs[name, case[1:], part].append(case)  # one job: few of its token counts need a kernel of their own
     if not jobs:
         return
@@ -688,21 +641,6 @@ def guide_table(rows):
 
 def _number(value, spec):
     return "–" if value != value else format(value, spec)
-
-
-def first_calls_table(rows):
-    """First calls of one GPU with an empty and with a warm cache on disk, and what another token count costs after the
-    first of them, when nothing but that call's kernels is there."""
-    lines = []
-    for (name, *case), group in rows.groupby(["rival", *CASE], sort=False):
-        by_cache = group.set_index("cache")
-        seconds = [_number(by_cache.first_s[cache], ".2f") for cache in ("cold", "warm")]
-        other = by_cache.loc["cold"]
-        counts = (_number(other.other_tokens, ".0f"), _number(1e3 * other.other_s, ".2f"),
-                  _number(other.other_compiled, ".0f"))  # fmt: skip
-        lines.append((name, *case, *seconds, *counts))
-    return markdown(["rival", "tokens", "N", "k", "dtype", "empty cache, s", "warm cache, s", "then with tokens",
-                     "it took, ms", "kernels it compiled"], lines)  # fmt: skip
 
 
 def describe(rows):

@@ -187,7 +187,7 @@ def test_what_is_measured_is_not_measured_again(no_tables, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(speed, "_compile_ahead", compiled.append)
-    for function in ("timed_rows", "layout_rows", "memory_rows", "first_call_rows"):
+    for function in ("timed_rows", "layout_rows", "memory_rows"):
         monkeypatch.setattr(speed, function, lambda work: [row(MAIN, speed.OMNI, 50.0)])
     add_run(monkeypatch, "A GPU", "new", "ladder", row(MAIN, speed.OMNI, 50.0))
     done = speed.measure(again=False)
@@ -195,7 +195,7 @@ def test_what_is_measured_is_not_measured_again(no_tables, monkeypatch):
     assert done.pop("ladder") == "measured before"
     assert all(what.startswith("measured now") for what in done.values())
     assert len(compiled[0]) == sum(
-        len(work) for table, work in speed.TABLES.items() if table not in ("ladder", "layouts", "first_calls")
+        len(work) for table, work in speed.TABLES.items() if table not in ("ladder", "layouts")
     )
     assert set(speed.measure(again=False).values()) == {"measured before"}
     again = speed.measure(again=True)
@@ -286,27 +286,14 @@ def test_a_table_that_cannot_be_measured_keeps_no_other_from_it(no_tables, monke
     monkeypatch.setattr(speed, "_compile_ahead", broken)
     add_run(monkeypatch, "A GPU", "new", "nothing", {})
     rows = [row(MAIN, speed.OMNI, 50.0)]
-    for function in ("timed_rows", "layout_rows", "memory_rows"):
+    for function in ("timed_rows", "memory_rows"):
         monkeypatch.setattr(speed, function, lambda work: rows)
-    monkeypatch.setattr(speed, "first_call_rows", broken)
+    monkeypatch.setattr(speed, "layout_rows", broken)
     done = speed.measure(again=True)
-    assert done.pop("compiled ahead") == done.pop("first_calls") == "RuntimeError: no more"
+    assert done.pop("compiled ahead") == done.pop("layouts") == "RuntimeError: no more"
     assert all(what.startswith("measured now") for what in done.values())
-    assert tables.read("first_calls").empty
+    assert tables.read("layouts").empty
     assert len(tables.read("memory")) == 1
-
-
-def test_first_calls_are_told_with_what_another_token_count_costs(no_tables, monkeypatch):
-    other = {"other_tokens": 16, "other_s": 0.0021, "other_compiled": 0}
-    cold = row(MAIN, speed.OMNI, None, cache="cold", first_s=7.25, **other)
-    warm = row(MAIN, speed.OMNI, None, cache="warm", first_s=0.5, **other)
-    failed = [row(MAIN, speed.ORIGINAL, None, cache=cache, error="RuntimeError") for cache in ("cold", "warm")]
-    add_run(monkeypatch, "A GPU", "new", "first_calls", cold, warm, *failed)
-    lines = speed.told("first_calls", speed.first_calls_table).splitlines()
-    assert lines[-2:] == [
-        "| omni_router | 65536 | 256 | 16 | bf16 | 7.25 | 0.50 | 16 | 2.10 | 0 |",
-        "| original kernels | 65536 | 256 | 16 | bf16 | – | – | – | – | – |",
-    ]
 
 
 def test_the_host_is_given_time_by_a_large_buffer_and_only_meanwhile(monkeypatch):

@@ -1,0 +1,72 @@
+"""First calls, made by a program that stands in for one with a GPU."""
+
+import importlib
+import pathlib
+import sys
+
+import pytest
+
+pytest.importorskip("seaborn")
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "notebooks"))
+first_calls, speed, tables = (importlib.import_module(name) for name in ("first_calls", "speed_study", "tables"))
+
+# Prints what a call does; a rival named "broken" fails.
+STAND_IN = """
+import json, os, pathlib, sys
+cache = pathlib.Path(os.environ["TRITON_CACHE_DIR"])
+cold = not cache.exists()
+cache.mkdir(exist_ok=True)
+input()
+if sys.argv[1] == "broken":
+    raise SystemExit("in vain\\nout of luck")
+print("Triton says something")
+print(json.dumps({"first_s": 7.25 if cold else 0.5, "other_tokens": 16, "other_s": 0.0021, "other_compiled": 0}))
+"""
+CASE = speed.Case(65536, 256, 16, "bf16")
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """What makes the calls, on a GPU that is not there; tables go to an empty folder."""
+    (tmp_path / "program.py").write_text(STAND_IN)
+    monkeypatch.setattr(first_calls, "PROGRAM", tmp_path / "program.py")
+    monkeypatch.setattr(first_calls, "CALLS", [(name, CASE) for name in ("quick", "broken")])
+    monkeypatch.setattr(first_calls.torch.cuda, "is_available", lambda: True)
+    for name in ("DATA", "RECORDED"):
+        monkeypatch.setattr(tables, name, tmp_path)
+    setting = {"gpu": "A GPU", "torch": "2.0", "triton": "3.0", "source": "s", "commit": "c", "date": "2030-01-02"}
+    monkeypatch.setattr(tables, "setting", lambda: setting)
+
+
+def test_every_call_is_made_cold_and_warm_and_not_again(stand_in):
+    assert first_calls.measure(again=False) == "2 measured now, 0 before"
+    rows = tables.read("first_calls")
+    assert rows[["rival", "cache"]].values.tolist() == [
+        [name, cache] for cache in ("cold", "warm") for name in ("quick", "broken")
+    ]
+    quick, broken = (rows[rows.rival == name] for name in ("quick", "broken"))
+    assert quick.first_s.tolist() == [7.25, 0.5]
+    assert quick.error.isna().all()
+    assert broken.error.tolist() == ["out of luck"] * 2
+    assert first_calls.measure(again=False) == "0 measured now, 2 before"
+    assert first_calls.measure(again=True) == "2 measured now, 0 before"
+    assert len(tables.read("first_calls")) == 8
+
+
+def test_a_call_that_is_new_is_measured_alone(stand_in, monkeypatch):
+    first_calls.measure(again=False)
+    monkeypatch.setattr(first_calls, "CALLS", [*first_calls.CALLS, ("quick", CASE._replace(k=8))])
+    assert first_calls.measure(again=False) == "1 measured now, 2 before"
+
+
+def test_the_table(stand_in):
+    first_calls.measure(again=False)
+    assert speed.told("first_calls", first_calls.table).splitlines()[-2:] == [
+        "| quick | 65536 | 256 | 16 | bf16 | 7.25 s | 0.5 s | 16 | 2.1 ms | 0 |",
+        "| broken | 65536 | 256 | 16 | bf16 | – | – | – | – | – |",
+    ]
+
+
+def test_without_a_gpu_nothing_is_measured(monkeypatch):
+    monkeypatch.setattr(first_calls.torch.cuda, "is_available", lambda: False)
+    assert first_calls.measure() == "not measured: no GPU here"
