@@ -56,6 +56,7 @@ FACTORED_SPACE = {
 
 SPACES = {"original": ORIGINAL_SPACE, "general": GENERAL_SPACE, "factored": FACTORED_SPACE, **ARCH_SPACES}
 
+DOUBLES = ((8, 0), (9, 0), (10, 0))  # GPUs that compare doubles as fast as integers, and have the most shared memory
 REGISTERS = 64 * 512 if torch.version.hip else 32 * 255  # of a warp, 32 bits each
 
 
@@ -69,6 +70,12 @@ def on_nvidia(device):
     """Whether a device is an NVIDIA GPU that copies to shared memory on the side: from Ampere on."""
     nvidia = device.type == "cuda" and torch.version.hip is None
     return nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
+def compares_doubles(device):
+    """Whether this GPU compares doubles as fast as integers: those for data centers do. The interpreter never does."""
+    return not interpreting() and on_nvidia(device) and torch.cuda.get_device_capability(device) in DOUBLES
 
 
 def has_kernels(tensor):

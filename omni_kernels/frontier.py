@@ -23,18 +23,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import device_of, interpreting, on_nvidia
-from .keys import pack_wide, unpack, unpack_wide
-from .lanes import (
-    compares_doubles,
-    fill_masked,
-    keys_of_bytes,
-    keys_of_strided,
-    lowest,
-    row_alignment,
-    skip_first,
-)
+from .configs import compares_doubles, device_of, interpreting, on_nvidia
+from .keys import lowest, pack_wide, unpack, unpack_wide
 from .networks import exchange, is_less, sort
+from .pairs import fill_masked
+from .rows import keys_of_bytes, keys_of_strided, row_alignment, skip_first
 from .words import (
     allocate_private,
     allocate_rows,

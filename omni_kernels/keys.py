@@ -30,6 +30,12 @@ def key_to_float(key):
 
 
 @triton.constexpr_function
+def bit_length(number):
+    """How many bits the numbers up to this one take."""
+    return number.bit_length()
+
+
+@triton.constexpr_function
 def index_bits(KEY):
     """How many low bits of a key hold the index."""
     return KEY if isinstance(KEY, int) else 31 if KEY == tl.float32 else 16
@@ -93,3 +99,14 @@ def unpack_wide(key, FP64: tl.constexpr):
         return high.to(tl.float32, bitcast=True), low ^ (high >> 31)
     else:
         return key_to_float(high), low
+
+
+@triton.jit
+def lowest(like, FP64: tl.constexpr):
+    """A key below all others, of the type of `like`."""
+    if like.dtype == tl.int32:
+        return tl.full(like.shape, -(1 << 31) + (1 << 16), tl.int32)  # stays lowest when shifted
+    elif FP64:
+        return tl.full(like.shape, -0x0010000100000000, tl.int64)  # the least double that is finite
+    else:
+        return tl.full(like.shape, -(1 << 63) + (1 << 32), tl.int64)

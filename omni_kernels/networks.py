@@ -129,3 +129,14 @@ def merge_best(a, b, K: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr, 
         return bitonic(best_of(a, b, NVIDIA, FP64, one), NVIDIA, FP64, one)
     else:
         return merge(a, b, len(a), NVIDIA, FP64, one)[:K]
+
+
+@triton.jit
+def settle(keys, NVIDIA: tl.constexpr, FP64: tl.constexpr):
+    """Two steps of an odd-even transposition sort."""
+    for first in tl.static_range(2):
+        settled = keys[:first]
+        for i in tl.static_range(first, len(keys) - 1, 2):
+            settled = settled + exchange(keys[i], keys[i + 1], NVIDIA, FP64)
+        keys = settled + keys[len(settled) :]
+    return keys

@@ -18,7 +18,7 @@ from cases import compiled_by
 from triton.backends.compiler import GPUTarget
 
 import omni_kernels
-from omni_kernels import factored, frontier, lanes
+from omni_kernels import configs, factored, frontier, lanes
 
 ARCHS = {80: ["bf16"], 86: ["bf16"], 89: ["bf16"], 90: ["bf16", "fp32"], 100: ["bf16"], 120: ["bf16"]}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -84,7 +84,7 @@ def argument_type(name, dtype):
 
 def launched_constants(name, num_expert_sqrt, k, *of_lanes, arch, dtype):
     """The constants that a kernel's launcher computes."""
-    problem = num_expert_sqrt, k, DTYPES[dtype], 16, (arch // 10, arch % 10) in lanes.DOUBLES
+    problem = num_expert_sqrt, k, DTYPES[dtype], 16, (arch // 10, arch % 10) in configs.DOUBLES
     if name == "frontier":
         return frontier._constants(*problem) | {"num_warps": 1}
     if name == "lanes":

@@ -20,7 +20,7 @@ from cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omni_kernels import factored_router, lanes
+from omni_kernels import factored_router, lanes, rows
 
 FP32, FP16, BF16 = DTYPES
 CASES = [
@@ -110,20 +110,20 @@ def test_transposed_logits(num_expert_sqrt, k, dtype, num_tokens, device):
     assert len(x) == num_tokens
     want = factored_router(x, y, k)
     columns_x, columns_y = (part.t().contiguous().t() for part in (x, y))
-    assert lanes.columns_are_vectors(columns_x, columns_y) == (num_tokens % 8 == 0)
+    assert rows.columns_are_vectors(columns_x, columns_y) == (num_tokens % 8 == 0)
     assert_same_bits(route(columns_x, columns_y, k, 2), want)
     assert_same_bits(route(columns_x, y, k, 2), want)
 
 
 def test_which_columns_are_vectors():
     logits = torch.zeros(64, 40, dtype=BF16)
-    assert lanes.columns_are_vectors(logits.t(), logits.t())
-    assert lanes.columns_are_vectors(logits.t()[:32], logits.t()[8:])
-    assert not lanes.columns_are_vectors(logits, logits)
-    assert not lanes.columns_are_vectors(logits.t(), logits[:40, :40])
-    assert not lanes.columns_are_vectors(logits.t()[1:9], logits.t()[:8])  # begin in the middle of a vector
-    assert not lanes.columns_are_vectors(logits.t()[:36], logits.t()[:36])  # end in the middle of one
-    assert not lanes.columns_are_vectors(logits[:, :36].clone().t(), logits[:, :36].clone().t())
+    assert rows.columns_are_vectors(logits.t(), logits.t())
+    assert rows.columns_are_vectors(logits.t()[:32], logits.t()[8:])
+    assert not rows.columns_are_vectors(logits, logits)
+    assert not rows.columns_are_vectors(logits.t(), logits[:40, :40])
+    assert not rows.columns_are_vectors(logits.t()[1:9], logits.t()[:8])  # begin in the middle of a vector
+    assert not rows.columns_are_vectors(logits.t()[:36], logits.t()[:36])  # end in the middle of one
+    assert not rows.columns_are_vectors(logits[:, :36].clone().t(), logits[:, :36].clone().t())
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2, 4])
