@@ -24,6 +24,7 @@ CALLS = [
     *((name, speed.Case(1024, num_expert_sqrt, 16, "bf16")) for num_expert_sqrt in (64, 256)
       for name in (speed.OPTIMIZED, speed.ORIGINAL, speed.PUBLIC)),
 ]  # fmt: skip
+SECONDS = 10  # that a call takes, as a rule, cold and warm
 PROGRAM = pathlib.Path(__file__).resolve()
 
 
@@ -39,7 +40,8 @@ def measure(again="OMNI_AGAIN" in os.environ):
     known = known[known.cache == "warm"] if len(known) and not again else known[:0]
     known = set(known[["rival", *speed.CASE]].itertuples(index=False, name=None)) if len(known) else set()
     work = [(name, case) for name, case in CALLS if (name, *case) not in known]
-    for row in tqdm(rows_of(work), "first calls", 2 * len(work)):
+    print(f"{len(work)} first calls, each cold and warm: about {len(work) * SECONDS} s")
+    for row in tqdm(rows_of(work), "first calls", 2 * len(work), leave=False):
         tables.append("first_calls", [row])
     return f"{len(work)} measured now, {len(CALLS) - len(work)} before"
 

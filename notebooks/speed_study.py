@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.testing
 from routing_study import BLUE, GREEN, ORANGE, RED, save_figure
+from tqdm import tqdm
 from triton.runtime.autotuner import Autotuner
 
 from omni_kernels import (
@@ -48,6 +49,7 @@ COLORS = {"all N² sums": RED, "compositions": ORANGE, "factored kernels": BLUE,
 GRAPH_UP_TO = 16384  # tokens: below, a launch from Python would hide the kernel, so a CUDA graph is timed
 QUANTILES = {"us": 0.5, "us_10": 0.1, "us_90": 0.9}
 SUMS_AT_ONCE = 1 << 30  # 4 GiB of fp32
+SECONDS = 1.5  # that a measurement takes, as a rule, with its share of compiling
 WORKERS, PARTS = 14, 4  # processes that compile, and those of them that share the configurations of a tuned kernel
 
 # --- rivals ---
@@ -362,6 +364,8 @@ def measure(again="OMNI_AGAIN" in os.environ):
     if not torch.cuda.is_available():
         return dict.fromkeys(TABLES, "not measured: no GPU here")
     work = {table: cases for table, cases in TABLES.items() if again or tables.measured_here(table).empty}
+    count = sum(len(names) for cases in work.values() for _, names in cases)
+    print(f"{count} measurements: about {count * SECONDS:.0f} s")
     start = time.perf_counter()
     ahead = attempt(_compile_ahead, [pair for table in work if table != "layouts" for pair in work[table]])
     done = dict.fromkeys(TABLES, "measured before")
@@ -379,7 +383,7 @@ def measure(again="OMNI_AGAIN" in os.environ):
 def timed_rows(work):
     """The rows of a timed table: every rival of a case on the same logits."""
     rows = []
-    for case, names in work:
+    for case, names in _progress(work):
         x, y = logits(case)
         want = reference(x, y, case.k)
         rows += [timed_row(name, case, x, y, want) for name in names]
@@ -389,11 +393,15 @@ def timed_rows(work):
 def layout_rows(work):
     """The rows of the layouts table: `omni_router` on the same logits, which lie differently in memory."""
     rows = []
-    for case, names in work:
+    for case, names in _progress(work):
         factors = logits(case)
         want = reference(*factors, case.k)
         rows += [{**timed_row(OMNI, case, *map(LAYOUTS[name], factors), want), "layout": name} for name in names]
     return rows
+
+
+def _progress(work):
+    return tqdm(work, desc="measuring", unit="case", leave=False)
 
 
 def timed_row(name, case, x, y, want):
@@ -474,7 +482,7 @@ def compare(got, want, x, y):
 def memory_rows(work):
     """The rows of the memory table: the most a call had allocated at a time, its results included, its logits not."""
     rows = []
-    for case, names in work:
+    for case, names in _progress(work):
         x, y = logits(case)
         known = {**case._asdict(), "results_bytes": case.num_tokens * case.k * (x.itemsize + 4)}
         unknown = dict.fromkeys(["peak_bytes", "error"])
