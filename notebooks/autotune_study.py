@@ -501,7 +501,8 @@ def verify(minutes=5):
     again = []
     wanted = keys_of(recorded.dropna(subset="time_us"))
     run_jobs([job for job in all_jobs() if key_of(*job) in wanted], minutes, again.append)
-    both = recorded.merge(pd.DataFrame(again)[[*KEY, "time_us"]], on=KEY, suffixes=("", "_again"))
+    again = pd.DataFrame(again, columns=[*KEY, "time_us"])  # all there are, even if the time was over at once
+    both = recorded.merge(again.dropna(), on=KEY, suffixes=("", "_again"))
     for problem, rows in both.groupby(list(Problem._fields)):
         print(f"{title(Problem(*problem)):48} {spearman(rows['time_us'], rows['time_us_again']):6.3f}")
     ratio = both["time_us_again"] / both["time_us"]

@@ -184,6 +184,12 @@ def test_only_what_is_slow_twice_is_given_up_after_a_sample(monkeypatch):
     assert autotune.measure("run", best=6.0) == [800.0] * 3
 
 
+def test_verifying_without_time_finds_nothing(gpu, capsys):
+    autotune.run_study(problems=PROBLEMS)
+    autotune.verify(minutes=0)
+    assert "all, 0 " in capsys.readouterr().out
+
+
 class EndsTheProcess:
     """Unpickling it ends the process that does."""
 
