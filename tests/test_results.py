@@ -296,7 +296,8 @@ def test_a_table_that_cannot_be_measured_keeps_no_other_from_it(no_tables, monke
     assert len(tables.read("memory")) == 1
 
 
-def test_the_host_is_given_time_by_a_large_buffer_and_only_meanwhile(monkeypatch):
+@pytest.mark.parametrize(("memory", "buffer"), [(80 << 30, 2 << 30), (4 << 30, 1 << 29)])
+def test_the_host_is_given_time_by_a_large_buffer_and_only_meanwhile(memory, buffer, monkeypatch):
     class Driver:
         def get_empty_cache_for_benchmark(self):
             return "256 MiB"
@@ -304,8 +305,10 @@ def test_the_host_is_given_time_by_a_large_buffer_and_only_meanwhile(monkeypatch
     driver = Driver()
     monkeypatch.setattr(timing.triton.runtime.driver, "_active", driver)
     monkeypatch.setattr(torch, "empty", lambda size, dtype, device: size * dtype.itemsize)
+    device = type("Device", (), {"total_memory": memory})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: device)
     monkeypatch.setattr(
         timing.triton.testing, "do_bench", lambda call, rep: (driver.get_empty_cache_for_benchmark(), call, rep)
     )
-    assert timing.do_bench("call", rep=3) == (timing.FLUSH_BYTES, "call", 3)
+    assert timing.do_bench("call", rep=3) == (buffer, "call", 3)
     assert driver.get_empty_cache_for_benchmark() == "256 MiB"
