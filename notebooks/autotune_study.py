@@ -117,20 +117,32 @@ def launch(problem, config, device, arch):
         grad_x, grad_y = (torch.zeros(tokens, n, device=device) for _ in range(2))
         args = (scores, right, grad_x, grad_y, *scores.stride(), tokens, *key)
     elif kernel == "tile":
-        tile_n = min(factored.MAX_TILE, triton.next_power_of_2(n))
-        candidates = triton.next_power_of_2(sum(k // rank for rank in range(1, k + 1)))
         function, args = factored.factored_kernel, (*logits, n)
-        constants |= {"K": k, "TILE_N": tile_n, "TILE_K": k, "WIDE_KEYS": False, "STREAMED": n > tile_n,
-                      "NUM_CANDIDATES": candidates, "SIDE": math.isqrt(k)}  # fmt: skip
+        constants = {**factored.kernel_constants(tokens, n, k), **constants}
     elif kernel == "lanes":
         function, args = lanes.lanes_kernel, logits
-        rule = lanes._constants(n, k, x.dtype, 16, arch in FAST_DOUBLES, False, constants["LANES"])
+        rule = lanes.kernel_constants(n, k, x.dtype, 16, arch in FAST_DOUBLES, False, constants["LANES"])
         looped = rule["LOOPED"] and rule["CHUNK"] == constants["CHUNK"]
         constants = {**rule, **constants, "TILE_M": 32 * config.num_warps, "LOOPED": looped}
     else:
         function, args = frontier.frontier_kernel, logits
-        constants = {**frontier._constants(n, k, x.dtype, 16, arch in FAST_DOUBLES), **constants}
+        constants = {**frontier.kernel_constants(n, k, x.dtype, 16, arch in FAST_DOUBLES), **constants}
     return function, args, constants, (-(-tokens // tokens_of(config.kwargs, config.num_warps)),)
+
+
+def chosen(problem):
+    """What the package launches for a problem of a factored kernel on the device at hand, as tables name it."""
+    kernel, tokens, n, k = problem
+    device = configs.get_device()
+    if kernel == "tile":
+        constants = factored.kernel_constants(tokens, n, k)
+    elif kernel == "lanes":
+        count = lanes.lanes_per_token(tokens, n, torch.bfloat16.itemsize, device)
+        constants = lanes.kernel_constants(n, k, torch.bfloat16, 16, configs.compares_doubles(device), False, count)
+    else:
+        constants = frontier.kernel_constants(n, k, torch.bfloat16, 16, configs.compares_doubles(device))
+    sizes = {name: constants[name] for name in configs.TILES[kernel]}
+    return label(triton.Config(sizes, num_warps=constants["num_warps"], num_stages=1))
 
 
 def tokens_of(sizes, num_warps):
@@ -354,7 +366,7 @@ def compile_table(targets=tuple(TARGETS), problems=COMPILED_PROBLEMS, only=None)
     """
     rows = tables.read("compiled") if only is None else pd.DataFrame()
     for column in ("triton", "source") if len(rows) else ():
-        rows = rows[rows[column].astype(str) == tables.setting()[column]]
+        rows = rows[rows[column] == tables.setting()[column]]
     known = set(rows[["arch", *KEY]].itertuples(index=False, name=None)) if len(rows) else set()
     jobs = [
         (problem, config, TARGETS[arch])
@@ -443,7 +455,10 @@ def run_jobs(jobs, minutes, keep):
     start, limit, left = time.monotonic(), 60 * minutes, len(jobs) * TIME_SECONDS
     estimate = 10 + len(jobs) * COMPILE_SECONDS / os.cpu_count() + left
     print(f"{len(jobs)} configurations: about {estimate:.0f} s, at most {limit:.0f} s")
-    rows = {key_of(*job): {**dict(zip(KEY, key_of(*job), strict=True)), **device} for job in jobs}
+    rules = {problem: chosen(problem) for problem, _ in jobs if problem.kernel not in N2_KERNELS}
+    rows = {key_of(problem, config): {**dict(zip(KEY, key_of(problem, config), strict=True)), **device,
+                                      "chosen": label(config) == rules.get(problem)}
+            for problem, config in jobs}  # fmt: skip
     to_compile = [(*job, target) for job in jobs]
     compiled = {}
     progress = {"total": len(to_compile), "desc": "compiling"}
@@ -533,7 +548,8 @@ def of_gpu(rows, gpu=RECORDED_GPU):
     if not len(rows) or gpu not in set(rows["gpu"]):
         return pd.DataFrame()
     rows = rows[rows["gpu"] == gpu].reset_index(drop=True)
-    measured = ["time_us", "low_us", "high_us", "error", "registers", "spills", "shared", "instructions", "binary"]
+    measured = ["time_us", "low_us", "high_us", "error", "chosen"]
+    measured += ["registers", "spills", "shared", "instructions", "binary"]
     rows = with_occupancy(rows.reindex(columns=list(dict.fromkeys([*rows, *measured]))))
     return rows.assign(
         problem=[Problem(*values) for values in rows[list(Problem._fields)].itertuples(index=False, name=None)],
@@ -605,20 +621,23 @@ def gains(rows):
     """For each problem of the N² kernels: the best time of each list, in µs, and how many percent faster the longer
     and the architecture's list are than the original one, and the latter than the general one."""
     found = []
+    gained = ["general gain %", "architecture gain %", "architecture over general %"]
+    names = ["problem", "original", "general", "architecture", "pruned", *gained]
     for problem in problems_of(rows, N2_KERNELS):
         best = {name: min(times.values(), default=math.nan) for name, times in lists_of(rows, problem).items()}
-        row = {"problem": title(problem), "original": math.nan, "general": math.nan, "architecture": math.nan, **best}
+        row = {"problem": title(problem), "architecture": math.nan, **best}
         row["general gain %"] = 100 * (row["original"] / row["general"] - 1)
         row["architecture gain %"] = 100 * (row["original"] / row["architecture"] - 1)
         row["architecture over general %"] = 100 * (row["general"] / row["architecture"] - 1)
         found.append(row)
-    return pd.DataFrame(found).set_index("problem").replace(math.inf, math.nan)
+    return pd.DataFrame(found, columns=names).set_index("problem").replace(math.inf, math.nan)
 
 
 def choices(rows):
     """For each problem of the N² kernels: the best configuration and the best of the architecture's list, what the
     latter costs over the former, and the programs each launches."""
     found = []
+    names = [f"{name}{what}" for name in ("best", "architecture") for what in ("", " programs", " µs")]
     for problem in problems_of(rows, N2_KERNELS):
         row = {"problem": title(problem)}
         lists = lists_of(rows, problem)
@@ -628,12 +647,23 @@ def choices(rows):
                 programs = math.ceil(problem.tokens / tokens_of(tile_sizes(config[0]), config[1]))
                 row |= {name: short(config), f"{name} programs": programs, f"{name} µs": times[config]}
         found.append(row)
-    frame = pd.DataFrame(found).set_index("problem")
-    return (
-        frame.assign(**{"time / best": frame["architecture µs"] / frame["best µs"]})
-        if "architecture" in frame
-        else frame
-    )
+    frame = pd.DataFrame(found, columns=["problem", *names]).set_index("problem")
+    return frame.assign(**{"time / best": frame["architecture µs"] / frame["best µs"]})
+
+
+def rules(rows):
+    """For each problem of the factored kernels: the best configuration, the one that their rules choose, and what that
+    costs over the best."""
+    found = []
+    for problem in problems_of(rows, [kernel for kernel in NAMES if kernel not in N2_KERNELS]):
+        times = times_of(rows, problem)
+        best = min(times, key=times.get)
+        ours = rows[(rows["problem"] == problem) & rows["chosen"].eq(True)]
+        row = {"problem": title(problem), "best": short(best), "chosen": "-", "time / best": math.nan}
+        if len(ours):
+            row |= {"chosen": short(ours["config"].iloc[0]), "time / best": ours["time_us"].iloc[0] / times[best]}
+        found.append(row)
+    return pd.DataFrame(found, columns=["problem", "best", "chosen", "time / best"]).set_index("problem")
 
 
 def problems_of(rows, kernels=tuple(NAMES)):
@@ -670,7 +700,7 @@ def tries_table(rows, within=1.05):
             close = np.flatnonzero(regret(times, best) <= within)
             row[name] = f"{close[0] + 1} of {len(times)}" if len(close) else f"- of {len(times)}"
         found.append(row)
-    return pd.DataFrame(found).set_index("problem")
+    return pd.DataFrame(found, columns=None if found else ["problem"]).set_index("problem")
 
 
 def compiled_rows():
@@ -725,7 +755,7 @@ def prediction_rule(rows, within=2.0):
         kept = group[group["prediction"] <= within * group["prediction"].min()]
         found.append({"problem": title(problem), "binaries": len(group), "kept": len(kept),
                       "best kept / best": kept["time_us"].min() / group["time_us"].min()})  # fmt: skip
-    return pd.DataFrame(found).set_index("problem")
+    return pd.DataFrame(found, columns=["problem", "binaries", "kept", "best kept / best"]).set_index("problem")
 
 
 def transfer(rows, kernel):
@@ -766,6 +796,8 @@ def paste(rows, within=1.02):
 def draw_heat_map(rows, problem):
     """Time over the best of the problem, tile against warps, a panel for each number of stages."""
     group = rows[rows["problem"] == problem]
+    if group["time_us"].isna().all():
+        return None
     relative = group.assign(relative=group["time_us"] / group["time_us"].min())
     tiles = sorted(group["tile"].unique(), key=lambda tile: tuple(tile_sizes(tile).values()))
     names = {tile: " × ".join(map(str, tile_sizes(tile).values())) for tile in tiles}
@@ -793,6 +825,8 @@ def draw_heat_map(rows, problem):
 def draw_distribution(rows):
     """The time of every configuration over the best of its problem, the shorter lists marked."""
     problems = problems_of(rows, N2_KERNELS)
+    if not problems:
+        return None
     figure, axes = plt.subplots(figsize=(9, 0.42 * len(problems) + 1.4), layout="constrained")
     marks = {"general": (study.BLUE, ".", 5), "architecture": (study.GREEN, "D", 6), "original": (study.RED, "o", 8)}
     for line, problem in enumerate(problems):
@@ -821,6 +855,8 @@ def regret(times, best, tries=400):
 def draw_gains(rows):
     """How much faster the best of the longer lists is than the best of the original one, beside what was expected."""
     table = gains(rows)
+    if table.empty:
+        return None
     figure, axes = plt.subplots(figsize=(9, 0.42 * len(table) + 1.4), layout="constrained")
     axes.axvspan(1.05, 1.15, color="0.8", label="the guide's 5 to 15%")
     axes.axvline(1, color="0.4", linewidth=1)
@@ -837,6 +873,9 @@ def draw_gains(rows):
 
 def draw_regret(rows, problems):
     """Regret curves: tuning over the general list, what pruning leaves of it, the original and the architecture's."""
+    problems = [problem for problem in problems if problem in problems_of(rows)]
+    if not problems:
+        return None
     figure, panels = plt.subplots(1, len(problems), figsize=(3.6 * len(problems), 3.6), sharey=True, squeeze=False)
     styles = {
         "general": (study.BLUE, "-"), "pruned": (study.ORANGE, "-"), "architecture": (study.GREEN, "--"),
@@ -863,6 +902,8 @@ def draw_regret(rows, problems):
 def draw_correlations(rows):
     """How well each of the compiler's numbers ranks the configurations."""
     table = correlations(rows)
+    if table.empty:
+        return None
     figure, axes = plt.subplots(figsize=(8, 0.34 * len(table) + 1.3))
     sns.heatmap(table.astype(float), ax=axes, cmap="vlag", vmin=-1, vmax=1, annot=True, fmt=".2f", linewidths=0.5,
                 cbar=False)  # fmt: skip
@@ -878,6 +919,8 @@ def draw_transfer(rows):
     """A panel for each kernel: the best configuration of one problem used at the others."""
     matrices = {kernel: transfer(rows, kernel) for kernel in NAMES}
     matrices = {kernel: matrix for kernel, matrix in matrices.items() if len(matrix) > 1}
+    if not matrices:
+        return None
     figure, panels = plt.subplots(2, math.ceil(len(matrices) / 2), figsize=(11, 6.6), squeeze=False)
     for axes in panels.flat[len(matrices) :]:
         axes.remove()
@@ -915,13 +958,14 @@ def draw_two_gpus(here, there):
 
 
 def show(make, rows, *args, name=None):
-    """Shows what `make` makes of recorded rows, a table, or a picture that is kept under a name."""
-    if not len(rows):
+    """Shows what `make` makes of recorded rows, a table, or a picture that is kept under a name, if there is any."""
+    made = make(rows, *args) if len(rows) else None
+    if made is None or (not name and made.empty):
         print("Nothing of this kind is on record yet.")
     elif name:
-        study.save_figure(make(rows, *args), name)
+        study.save_figure(made, name)
     else:
-        print(make(rows, *args).to_string(float_format="{:.3g}".format, na_rep="-"))
+        print(made.to_string(float_format="{:.3g}".format, na_rep="-"))
 
 
 def draw_here():
@@ -931,7 +975,7 @@ def draw_here():
     if not len(here) or here["time_us"].isna().all():
         print(f"No times of {tables.setting()['gpu']} are on record.")
         return
-    study.save_figure(draw_distribution(here), "autotune_here")
+    show(draw_distribution, here, name="autotune_here")
     if len(there) and tables.setting()["gpu"] != RECORDED_GPU:
         study.save_figure(draw_two_gpus(here, there), "autotune_two_gpus")
     print(paste(here))

@@ -1,6 +1,6 @@
 """What compiling and tuning cost: first calls in fresh processes, with an empty cache on disk and with a warm one.
 
-python notebooks/first_calls.py RIVAL TOKENS N K DTYPE   makes one, and prints what it took
+The processes run this file, with a rival and a case as its arguments.
 """
 
 import json
@@ -97,6 +97,9 @@ def table(rows):
     for (name, *case), group in rows.groupby(["rival", *speed.CASE], sort=False):
         by_cache = group.set_index("cache")
         first, warm = by_cache.loc["cold"], by_cache.first_s.get("warm", math.nan)
+        if isinstance(first.error, str):
+            lines.append((name, *case, first.error, *"–" * 4))
+            continue
         other = (
             _number(first.other_tokens, "{:.0f}"),
             _duration(first.other_s),

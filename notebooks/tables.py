@@ -26,14 +26,13 @@ SETTING = ["gpu", "torch", "triton", "source"]  # rows that agree in these were 
 def setting():
     """What a row is measured on: the GPU, the versions, a hash of the package's source, its commit, and the date.
 
-    configs.py is left out: it lists what tuning tries, which changes with what was measured.
+    The hash leaves out comments, and the lists of what tuning tries, which change with what was measured.
     """
     source = hashlib.sha256()
     for path in sorted((REPOSITORY / "omni_kernels").glob("*.py")):
-        if path.name != "configs.py":
-            source.update(path.read_bytes())
+        source.update(re.sub(r"(?ms)^ *#[^\n]*\n|^\w*SPACES? = \{.*?\}$", "", path.read_text()).encode())
     command = ["git", "-C", str(REPOSITORY), "rev-parse", "--short=12", "HEAD"]
-    commit = os.environ.get("OMNI_COMMIT")  # of what this is a copy, where its own history would not tell
+    commit = os.environ.get("OMNI_COMMIT")  # for copies that have no history of their own
     if not commit:
         try:
             commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -53,14 +52,18 @@ def read(table):
     """All rows of a table, of every GPU, those of this run last. An empty table where nobody measured."""
     folders = dict.fromkeys([RECORDED, DATA])
     paths = [path for folder in folders for path in sorted(folder.glob(f"*/{table}.csv"))]
-    return pd.concat([pd.read_csv(path) for path in paths], ignore_index=True) if paths else pd.DataFrame()
+    return pd.concat(map(_read, paths), ignore_index=True) if paths else pd.DataFrame()
+
+
+def _read(path):
+    return pd.read_csv(path, dtype=dict.fromkeys([*SETTING, "commit"], str))  # a hash may look like a number
 
 
 def measured_here(table):
     """The rows of a table that were measured on this GPU, with these versions, from this source."""
     rows = read(table)
     for column in SETTING if len(rows) else ():
-        rows = rows[rows[column].astype(str) == setting()[column]]
+        rows = rows[rows[column] == setting()[column]]
     return rows
 
 
@@ -76,7 +79,7 @@ def append(table, rows, folder=None):
     path = DATA / (folder or gpu) / f"{table}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     new = pd.DataFrame([{**row, **setting()} for row in rows])
-    whole = pd.concat([pd.read_csv(path), new], ignore_index=True) if path.exists() else new
+    whole = pd.concat([_read(path), new], ignore_index=True) if path.exists() else new
     partial = path.with_suffix(".partial")
     whole.to_csv(partial, index=False)
     partial.replace(path)

@@ -1,4 +1,4 @@
-"""What notebook 04 measures and draws: backward kernels, dtypes to route in, and two training runs.
+"""What notebook 04 measures and draws: backward kernels, dtypes to route in, and training runs.
 
 Times, the floor's bandwidth and the way tables are written are notebook 03's (speed_study.py).
 """
@@ -62,10 +62,13 @@ def measure_missing(table, measure):
 
 
 def recorded(table, *keys):
-    """The last run of a table on the GPU that was measured last; of rows with the same keys the last one."""
+    """The last run of a table on this GPU, or else on the one that was measured last; of rows with the same keys the
+    last one."""
     rows = tables.read(table)
     if len(rows):
-        rows = rows.merge(rows[tables.SETTING].tail(1), on=tables.SETTING).drop_duplicates(keys, keep="last")
+        here = rows[rows.gpu == tables.setting()["gpu"]]
+        last = here if len(here) else rows[rows.date == rows.date.max()]
+        rows = rows.merge(last[tables.SETTING].tail(1), on=tables.SETTING).drop_duplicates(keys, keep="last")
     return rows
 
 

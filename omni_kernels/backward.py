@@ -4,8 +4,9 @@ Selected pair r of a token adds grad_scores[t, r] to grad_x[t, row] and to grad_
 may share a row, which is why the obvious kernel uses atomics and gives other bits on every run. Here one program owns
 its tokens, so nothing needs them:
 
-- on NVIDIA GPUs: the output rows of a warp's tokens stand in shared memory, in fp32. One lane owns a row and adds the
-  token's slots to it; then the warp rounds the rows and streams them out, each byte written once.
+- on NVIDIA GPUs, from Ampere on, if rows are whole vectors: the output rows of a warp's tokens stand in shared memory,
+  in fp32. One lane owns a row and adds the token's slots to it; then the warp rounds the rows and streams them out,
+  each byte written once.
 - elsewhere, many columns (N > k): each pair looks through its token's k pairs and sums those of its own row. Pairs
   that share a row find the same sum. The program stores zeros over its output rows, waits, and stores the sums:
   duplicates write equal bits, so the order of the stores cannot matter.
@@ -23,7 +24,7 @@ import triton.language as tl
 from .configs import device_of, interpreting, kernel_input, on_nvidia, output_dtype
 from .words import allocate_rows, load_words, store_words, sync_warp
 
-ROW_WORDS = 4096  # sums a warp holds in shared memory at once, of both factors: 16 KiB let 13 warps share an SM
+ROW_WORDS = 4096  # sums a warp holds in shared memory at once, of both factors: of 16 KiB a dozen fit an H100's SM
 MAX_TILE_M = 16  # tokens of a warp: a lane for each of their rows
 MAX_TILE_K = 64  # slots of a token staged at once
 SCATTER_TILES = {"TILE_M": 32, "TILE_K": 16, "TILE_N": 128}

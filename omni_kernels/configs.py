@@ -47,7 +47,7 @@ ARCH_SPACES = {
     "cuda:sm89": HOPPER_SPACE,
     "cuda:sm90": HOPPER_SPACE,
 }
-# Of the factored kernels, which follow fixed rules instead of tuning: these say what the rules choose from.
+# Of the factored kernels, which follow fixed rules instead of tuning: what the rules choose, and what lies around it.
 FACTORED_SPACE = {
     "tile": ([1, 2, 4, 8], [1, 2, 4, 8], [1, 2, 4], [1]),
     "lanes": ([2, 4, 8, 16, 32], [1, 2, 4], [1, 2], [1]),

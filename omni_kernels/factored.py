@@ -145,8 +145,8 @@ def factored_forward(router_logits_x, router_logits_y, num_experts_per_token, sc
     Args:
         router_logits_x, router_logits_y: (num_tokens, N), fp32, fp16 or bf16, on a GPU (or on the CPU under Triton's
             interpreter), any strides, at least one token.
-        num_experts_per_token: k, from 1 to N². Kernels take up to frontier.MAX_EXPERTS_PER_TOKEN on an NVIDIA GPU, and
-            up to MAX_EXPERTS_PER_TOKEN elsewhere.
+        num_experts_per_token: k, from 1 to N². lanes.py and frontier.py take what their `runs_on` say, the kernel here
+            up to MAX_EXPERTS_PER_TOKEN.
         scores_dtype: fp32, fp16 or bf16; the logits' unless given.
 
     Returns:
@@ -163,16 +163,22 @@ def factored_forward(router_logits_x, router_logits_y, num_experts_per_token, sc
     x, y = kernel_input(router_logits_x), kernel_input(router_logits_y)
     scores = torch.empty((num_tokens, k), dtype=output_dtype(scores_dtype), device=device)
     indices = torch.empty((num_tokens, k), dtype=torch.int32, device=device)
+    constants = kernel_constants(num_tokens, num_expert_sqrt, k)
+    with device_of(x):
+        factored_kernel[(triton.cdiv(num_tokens, constants["TILE_M"]),)](
+            x, y, scores, indices, *x.stride(), *y.stride(), num_tokens, num_expert_sqrt, **constants
+        )
+    return scores.to(scores_dtype), indices
+
+
+def kernel_constants(num_tokens, num_expert_sqrt, k):
+    """The kernel's constants. One token to a program, except in the interpreter, which runs them one by one."""
     tile_k = max(2, triton.next_power_of_2(k))  # Triton 3.6 has no tl.topk of one
     tile_n = min(MAX_TILE, max(tile_k, triton.next_power_of_2(num_expert_sqrt)))
-    num_candidates = max(tile_k, triton.next_power_of_2(sum(k // rank for rank in range(1, k + 1))))
-    chunk = max(1, min(4, tile_n // tile_k // 4))  # sorting the maxima must leave little to sort again
-    tile_m = triton.next_power_of_2(num_tokens) if interpreting() else 1
-    with device_of(x):
-        factored_kernel[(triton.cdiv(num_tokens, tile_m),)](
-            x, y, scores, indices, *x.stride(), *y.stride(), num_tokens, num_expert_sqrt,
-            K=k, TILE_M=tile_m, TILE_N=tile_n, TILE_K=tile_k, CHUNK=chunk,
-            WIDE_KEYS=False, STREAMED=num_expert_sqrt > tile_n, NUM_CANDIDATES=num_candidates, SIDE=math.isqrt(k),
-            num_warps=1,
-        )  # fmt: skip
-    return scores.to(scores_dtype), indices
+    num_candidates = triton.next_power_of_2(sum(k // rank for rank in range(1, k + 1)))
+    return {
+        "K": k, "TILE_M": triton.next_power_of_2(num_tokens) if interpreting() else 1, "TILE_N": tile_n,
+        "TILE_K": tile_k, "CHUNK": max(1, min(4, tile_n // tile_k // 4)),  # what is sorted again shall be little
+        "WIDE_KEYS": False, "STREAMED": num_expert_sqrt > tile_n, "NUM_CANDIDATES": max(tile_k, num_candidates),
+        "SIDE": math.isqrt(k), "num_warps": 1,
+    }  # fmt: skip

@@ -288,15 +288,15 @@ def frontier_forward(router_logits_x, router_logits_y, num_experts_per_token, sc
     scores = torch.empty((num_tokens, k), dtype=scores_dtype, device=x.device)
     indices = torch.empty((num_tokens, k), dtype=torch.int32, device=x.device)
     with device_of(x):
-        constants = _constants(num_expert_sqrt, k, x.dtype, row_alignment(x, y), compares_doubles(x.device))
+        constants = kernel_constants(num_expert_sqrt, k, x.dtype, row_alignment(x, y), compares_doubles(x.device))
         frontier_kernel[(-(-num_tokens // constants["TOKENS"]),)](
-            x, y, scores, indices, *x.stride(), *y.stride(), num_tokens, **constants, num_warps=1
+            x, y, scores, indices, *x.stride(), *y.stride(), num_tokens, **constants
         )
     return scores, indices
 
 
 @functools.cache
-def _constants(num_expert_sqrt, k, dtype, alignment, fp64):
+def kernel_constants(num_expert_sqrt, k, dtype, alignment, fp64):
     """The kernel's constants. alignment: of the rows, in bytes; 0 where their logits do not lie side by side."""
     row = num_expert_sqrt * dtype.itemsize
     piece = min(PIECE, num_expert_sqrt)
@@ -308,7 +308,7 @@ def _constants(num_expert_sqrt, k, dtype, alignment, fp64):
         "TOKENS": next(tokens for tokens in (16, 8, 4) if tokens * token_bytes + ranks * 32 <= SHARED_BYTES),
         "PIECE": piece,
         "PIECES": min(PIECES, -(-num_expert_sqrt // piece)), "VECTOR": vector if vector >= 4 else 0,
-        "FP64": fp64,
+        "FP64": fp64, "num_warps": 1,
     }  # fmt: skip
 
 

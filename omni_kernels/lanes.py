@@ -242,19 +242,19 @@ def lanes_forward(router_logits_x, router_logits_y, num_experts_per_token, score
     args = x, y, scores, indices, *x.stride(), *y.stride(), num_tokens
     lanes = lanes_per_token(num_tokens, num_expert_sqrt, x.element_size(), device)
     with device_of(x):
-        constants = _constants(*problem, lanes)
+        constants = kernel_constants(*problem, lanes)
         if (device, scores_dtype, *problem) not in _compiled and not interpreting():
             _compiled.add((device, scores_dtype, *problem))
             # No later number of tokens shall have to wait for its kernel.
             kinds = {2, lanes_per_token(1, num_expert_sqrt, x.element_size(), device)}
             if len(kinds) > 1:
-                compile_all(lanes_kernel, args, [_constants(*problem, kind) for kind in kinds])
+                compile_all(lanes_kernel, args, [kernel_constants(*problem, kind) for kind in kinds])
         lanes_kernel[(-(-num_tokens * lanes // constants["TILE_M"]),)](*args, **constants)
     return scores.to(scores_dtype), indices
 
 
 @functools.cache
-def _constants(num_expert_sqrt, k, dtype, alignment, fp64, transposed, lanes):
+def kernel_constants(num_expert_sqrt, k, dtype, alignment, fp64, transposed, lanes):
     """The kernel's constants: among them how a lane reads its segment, in tiles, or logit by logit (TILE_N = 0).
 
     alignment: of the rows, in bytes; 0 where their logits do not lie side by side. transposed: `columns_are_vectors`.

@@ -1,7 +1,8 @@
 """The original version, the baseline: all N² sums of a token in one tile, or streamed, and gradients by atomics.
 
-It follows the public N² implementation of this router (flash-algo/omni-moe) in its plan and its cost, not in its
-defects: padding is masked by a key below every score's, k need be no power of two, gradients start from zeros.
+It follows the public N² implementation of this router (flash-algo/omni-moe) in its plan, not in its defects: padding is
+masked by a key below every score's, k need be no power of two, gradients start from zeros, and what is better than the
+worst of a list takes its place there at once, where the public kernel shifts the others one by one.
 Scores are compared as integers (keys.py), so NaN, infinities and -0.0 need no code of their own.
 """
 

@@ -253,6 +253,10 @@ def test_the_analysis(gpu):
     assert (choices["time / best"] >= 1).all()
     assert (choices["best µs"] == gains[["general", "architecture"]].min(axis=1)).all()
     assert autotune.tries_table(rows).loc["forward, 1024 tokens, N = 64", "original"].endswith(" of 4")
+    rules = autotune.rules(rows)
+    assert len(rules) == len(autotune.PROBLEMS) - len(gains)
+    assert (rules["time / best"].dropna() >= 1).all()
+    assert set(rules["chosen"]) > {"-"}  # the interpreter takes larger tiles than any list has
     for problem in autotune.problems_of(rows):
         times = autotune.times_of(rows, problem)
         curve = autotune.regret(times, min(times.values()))
@@ -269,6 +273,25 @@ def test_the_analysis(gpu):
     rule = autotune.prediction_rule(rows)
     assert (rule["kept"] <= rule["binaries"]).all()
     assert (rule["best kept / best"] >= 1).all()
+
+
+@pytest.mark.parametrize("kernel", ["lanes", "fwd"])
+def test_what_is_not_on_record_is_not_drawn(gpu, kernel, capsys):
+    problems = [next(problem for problem in autotune.PROBLEMS if problem.kernel == kernel)]
+    autotune.run_study(problems=problems)
+    rows = autotune.of_gpu(autotune.recorded_rows("autotune"))
+    others = {"lanes": ["gains", "choices", "draw_gains", "draw_distribution"], "fwd": ["rules", "draw_transfer"]}[
+        kernel
+    ]
+    capsys.readouterr()
+    for made in others:
+        autotune.show(getattr(autotune, made), rows, name=made if made.startswith("draw") else None)
+    autotune.show(autotune.draw_heat_map, rows, PROBLEMS[1], name="heat")
+    autotune.show(autotune.draw_regret, rows, [PROBLEMS[1]], name="regret")
+    assert capsys.readouterr().out == "Nothing of this kind is on record yet.\n" * (len(others) + 2)
+    autotune.show(autotune.tries_table, rows)
+    autotune.show(autotune.prediction_rule, rows)
+    assert capsys.readouterr().out.count("tokens, N =") == 2
 
 
 def test_the_pasted_lists_hold_a_good_configuration_for_every_problem(gpu, monkeypatch):

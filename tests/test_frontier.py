@@ -115,7 +115,7 @@ def test_limits(device):
 @pytest.mark.parametrize("num_expert_sqrt", [16, 33, 64, 256, 1000, frontier.MAX_EXPERT_SQRT])
 def test_lists_fit_in_shared_memory(num_expert_sqrt, dtype):
     for k in (1, 33, 64, 128, frontier.MAX_EXPERTS_PER_TOKEN):
-        constants = frontier._constants(num_expert_sqrt, k, dtype, 16, True)
+        constants = frontier.kernel_constants(num_expert_sqrt, k, dtype, 16, True)
         ranks, key_bytes = min(k, num_expert_sqrt), 8 if dtype == torch.float32 else 4
         num_bytes = constants["TOKENS"] * ((k + 1) * 8 + 2 * ranks * key_bytes) + ranks * 32
         assert num_bytes <= frontier.SHARED_BYTES

@@ -91,9 +91,9 @@ def constants_of(case):
     if num_lanes:
         alignment = max(case.alignment, 0)
         problem = *problem[:3], alignment, case.fp64, case.alignment < 0
-        constants = dict(lanes._constants(*problem, num_lanes))
+        constants = dict(lanes.kernel_constants(*problem, num_lanes))
     else:
-        constants = dict(frontier._constants(*problem))
+        constants = dict(frontier.kernel_constants(*problem))
     differing = {name: constants[name] for name, value in expected.items() if constants[name] != value}
     assert not differing, f"{case}: {differing}"
     if not constants.get("TRANSPOSED"):

@@ -183,6 +183,27 @@ def test_layouts_are_told(no_tables, monkeypatch):
     assert [line.split(" | ")[0] for line in lines] == [f"| {name}" for name in speed.LAYOUTS]
 
 
+def test_a_hash_that_looks_like_a_number_stays_one(no_tables, monkeypatch):
+    for source in ("001234567890", "589312e34567"):
+        add_run(monkeypatch, "A GPU", source, "ladder", row(MAIN, speed.OMNI, 50.0))
+        assert tables.measured_here("ladder").source.tolist() == [source]
+
+
+def test_the_source_of_a_row_is_code_and_not_the_lists_for_tuning(tmp_path, monkeypatch):
+    package = tmp_path / "omni_kernels"
+    package.mkdir()
+    monkeypatch.setattr(tables, "REPOSITORY", tmp_path)
+
+    def source(text):
+        (package / "configs.py").write_text(text)
+        return tables.setting.__wrapped__()["source"]
+
+    before = source('A_SPACE = {\n    "fwd": ([1], [2]),\n}\nSPACES = {"a": A_SPACE}\n\nB = 1\n')
+    wider = 'A_SPACE = {\n    "fwd": ([1, 2], [2]),\n}\nSPACES = {"a": A_SPACE, "b": {}}\n\nB = '
+    assert source(f"# Wider.\n{wider}1\n") == before
+    assert source(f"{wider}2\n") != before
+
+
 def test_what_is_measured_is_not_measured_again(no_tables, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
