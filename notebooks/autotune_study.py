@@ -9,6 +9,7 @@ Rows go to OMNI_FIGURES/data, by default to study-output/figures/data. Running a
 
 import argparse
 import collections
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -339,7 +340,8 @@ def _start_worker():
     process = context.Process(target=_compile_for, args=(there,), daemon=True)
     interpret = os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing
     try:
-        process.start()
+        with ctrl_c_ignored():  # which the process inherits
+            process.start()
     finally:
         if interpret is not None:
             os.environ["TRITON_INTERPRET"] = interpret
@@ -348,7 +350,6 @@ def _start_worker():
 
 
 def _compile_for(connection):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the study, which then ends its workers
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Triton prints whole programs where it gives up
     while True:
         job = connection.recv()
@@ -383,6 +384,15 @@ def compile_table(targets=tuple(TARGETS), problems=COMPILED_PROBLEMS, only=None)
     return with_occupancy(pd.concat([rows, pd.DataFrame(new.rows)], ignore_index=True))
 
 
+@contextlib.contextmanager
+def ctrl_c_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class recording:
     """Keeps the rows it is called with, and writes them to a table as they come, every few and at the end; so that
     neither Ctrl-C nor an error loses them. To no table where its name is None."""
@@ -393,7 +403,8 @@ class recording:
     def __enter__(self):
         if self.table:
             tables.DATA.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=tables.DATA).close()  # raises now what writing would raise after the work
+            with tempfile.TemporaryFile(dir=tables.DATA) as file:
+                file.write(bytes(1 << 20))  # raises now what writing would raise after the work
         return self
 
     def __call__(self, row):
@@ -402,7 +413,8 @@ class recording:
             self.write()
 
     def __exit__(self, *_):
-        self.write()
+        with ctrl_c_ignored():
+            self.write()
 
     def write(self):
         if self.table and self.written < len(self.rows):
@@ -984,8 +996,9 @@ def draw_here():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=5, help="stop after this long (default: %(default)s)")
+    other = parser.add_mutually_exclusive_group()
     for name in ("verify", "compile"):
-        parser.add_argument(f"--{name}", action="store_true")
+        other.add_argument(f"--{name}", action="store_true")
     options = parser.parse_args()
     try:
         if options.compile:

@@ -1,8 +1,9 @@
 """What compiling and tuning cost: first calls in fresh processes, with an empty cache on disk and with a warm one.
 
-The processes run this file, with a rival and a case as its arguments.
+Each of the processes runs this file, with a rival and a case, and calls when it is sent a line.
 """
 
+import argparse
 import json
 import math
 import os
@@ -118,6 +119,17 @@ def _duration(seconds):
     return _number(seconds, "{:.3g} s") if not seconds < 0.1 else f"{1e3 * seconds:.2g} ms"
 
 
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rival", choices=speed.RIVALS)
+    for size in speed.CASE[:3]:
+        parser.add_argument(size, type=int)
+    parser.add_argument("dtype", choices=speed.DTYPES)
+    name, *case = vars(parser.parse_args()).values()
+    if not torch.cuda.is_available():
+        sys.exit("A first call needs a GPU, and PyTorch finds none here.")
+    print(json.dumps(call(name, speed.Case(*case))))
+
+
 if __name__ == "__main__":
-    name, *sizes, dtype = sys.argv[1:]
-    print(json.dumps(call(name, speed.Case(*map(int, sizes), dtype))))
+    main()

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from omni_kernels import brute_force_router, factored_router
 
 # study.py --update points this at figures/; anything else leaves the committed pictures alone.
-FIGURES = os.environ.get("OMNI_FIGURES", pathlib.Path(__file__).parents[1] / "study-output" / "figures")
+FIGURES = os.environ.get("OMNI_FIGURES") or pathlib.Path(__file__).parents[1] / "study-output" / "figures"
 
 BLUE, ORANGE, GREEN, RED = (sns.color_palette("colorblind")[i] for i in (0, 1, 2, 3))
 SCORES = sns.light_palette(BLUE, as_cmap=True)

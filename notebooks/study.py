@@ -45,7 +45,9 @@ def execute(path, destination):
         destination = OUTPUT / path.name  # never over a committed notebook
         raise
     finally:
-        nbformat.write(notebook, destination)
+        partial = destination.with_suffix(".partial")  # so that a full disk takes nothing
+        nbformat.write(notebook, partial)
+        partial.replace(destination)
 
 
 def main():
@@ -65,16 +67,18 @@ def main():
         return fill_readme()
     if options.again:
         os.environ["OMNI_AGAIN"] = "1"
-    OUTPUT.mkdir(exist_ok=True)
     failed = 0
     for path in paths:
         try:
+            OUTPUT.mkdir(exist_ok=True)
             execute(path, copies / path.name)
         except (nbclient.exceptions.CellExecutionError, nbclient.exceptions.DeadKernelError) as error:
             failed += 1  # and the others run
             print(
                 f"{error}\n{path.name} failed in the cell above; what ran is in {OUTPUT / path.name}", file=sys.stderr
             )
+        except OSError as error:
+            sys.exit(f"{path.name} could not be kept: {error}")
         except KeyboardInterrupt:
             logging.disable()  # nothing more about the cell that was cut short
             sys.exit(f"\nStopped in {path.name}; what ran is in {OUTPUT / path.name}")

@@ -18,7 +18,7 @@ import triton
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 RECORDED = REPOSITORY / "figures" / "data"
-DATA = pathlib.Path(os.environ.get("OMNI_FIGURES", REPOSITORY / "study-output" / "figures")) / "data"
+DATA = pathlib.Path(os.environ.get("OMNI_FIGURES") or REPOSITORY / "study-output" / "figures") / "data"
 SETTING = ["gpu", "torch", "triton", "source"]  # rows that agree in these were measured on the same thing
 
 
@@ -81,5 +81,9 @@ def append(table, rows, folder=None):
     new = pd.DataFrame([{**row, **setting()} for row in rows])
     whole = pd.concat([_read(path), new], ignore_index=True) if path.exists() else new
     partial = path.with_suffix(".partial")
-    whole.to_csv(partial, index=False)
-    partial.replace(path)
+    try:
+        whole.to_csv(partial, index=False)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error

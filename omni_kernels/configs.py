@@ -94,7 +94,9 @@ def output_dtype(dtype):
 
 
 def kernel_input(tensor):
-    """What a kernel reads of a tensor: the interpreter flushes bf16's subnormals, so there PyTorch widens them."""
+    """What a kernel reads of a tensor: a sign that PyTorch has put off is written out. The interpreter flushes bf16's
+    subnormals, so there PyTorch widens them."""
+    tensor = tensor.resolve_neg()
     return tensor.float() if interpreting() and tensor.dtype == torch.bfloat16 else tensor
 
 

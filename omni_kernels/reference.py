@@ -1,12 +1,14 @@
 """The router in plain PyTorch: its definition, and the factored version that needs no kernel.
 
-Both run on any device and dtype PyTorch knows, and neither looks at the other: the definition is what everything else
+Both run on any device PyTorch knows, and neither looks at the other: the definition is what everything else
 is compared with, the factored version is what runs where a kernel cannot.
 """
 
 import functools
 
 import torch
+
+from .checks import check, check_scores_dtype
 
 # Tokens are routed in slices, so that the candidates of a long batch never sit in memory at once.
 CANDIDATES_PER_SLICE = 1 << 24
@@ -23,7 +25,11 @@ def brute_force_router(router_logits_x, router_logits_y, num_experts_per_token):
     Returns:
         scores (num_tokens, k), best first, summed in fp32, rounded once to the logits' dtype; and
         indices (num_tokens, k), int32; equal scores put the lower index first. Differentiable by autograd.
+
+    Raises:
+        TypeError, ValueError: as `router.omni_router`.
     """
+    check(router_logits_x, router_logits_y, num_experts_per_token)
     sums = (router_logits_x.float()[:, :, None] + router_logits_y.float()[:, None, :]).flatten(1)
     order = sums.detach().sort(dim=1, descending=True, stable=True).indices[:, :num_experts_per_token]
     return sums.gather(1, order).to(router_logits_x.dtype), order.int()
@@ -40,15 +46,17 @@ def factored_router(router_logits_x, router_logits_y, num_experts_per_token, sco
     those rows, agree with this function bit for bit. A token with NaN, or with +inf where -inf may meet it, gets NaN
     for all its scores.
 
-    Arguments and results as in `brute_force_router`, the scores in scores_dtype if given, but without autograd:
+    Arguments, results and errors as in `brute_force_router`, the scores in scores_dtype if given, but without autograd:
     `backward_router` is the gradient.
     """
+    check(router_logits_x, router_logits_y, num_experts_per_token)
+    check_scores_dtype(scores_dtype)
     num_tokens, num_expert_sqrt = router_logits_x.shape
     k = num_experts_per_token
     scores = router_logits_x.new_empty((num_tokens, k), dtype=scores_dtype)
     indices = torch.empty((num_tokens, k), dtype=torch.int32, device=router_logits_x.device)
     if indices.numel():
-        rank_x, rank_y = _staircase(k, num_expert_sqrt)
+        rank_x, rank_y = (torch.tensor(ranks, device=indices.device) for ranks in _staircase(k, num_expert_sqrt))
         slice_size = max(1, CANDIDATES_PER_SLICE // (len(rank_x) + k + num_expert_sqrt))
         for start in range(0, num_tokens, slice_size):
             part = slice(start, start + slice_size)
@@ -75,15 +83,15 @@ def backward_router(grad_scores, indices, num_expert_sqrt):
 
 @functools.lru_cache(maxsize=64)
 def _staircase(k, num_expert_sqrt):
-    """The rank pairs (a, b), counted from 0, that can be among the k best; kept on the CPU."""
+    """The rank pairs (a, b), counted from 0, that can be among the k best: all a, all b. Not as tensors, which may be
+    fake, or of a device that was asked for meanwhile."""
     longest = min(k, num_expert_sqrt)
     pairs = [(a, b) for a in range(longest) for b in range(min(longest, k // (a + 1)))]
-    return tuple(torch.tensor(ranks) for ranks in zip(*pairs, strict=True))
+    return tuple(zip(*pairs, strict=True))
 
 
 def _route_slice(x, y, k, rank_x, rank_y):
     num_expert_sqrt = x.shape[1]
-    rank_x, rank_y = rank_x.to(x.device), rank_y.to(x.device)
     best_x, rows = _top(x, min(k, num_expert_sqrt))
     best_y, columns = _top(y, min(k, num_expert_sqrt))
     # Where +inf may meet -inf, or NaN is there, all of the token's scores become NaN: every path agrees on that.

@@ -4,14 +4,14 @@
 them whole. The two older functions are plain autograd functions.
 """
 
+import re
+
 import torch
 from torch.autograd.forward_ad import unpack_dual
 
 from . import backward, factored, forward, original, reference, split_forward
+from .checks import check, check_expert_sqrt, check_scores_dtype
 from .configs import has_kernels
-
-MAX_EXPERT_SQRT = 46340  # the largest N whose N² expert indices fit in int32
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def omni_router(router_logits_x, router_logits_y, num_experts_per_token, scores_dtype=None):
@@ -39,19 +39,16 @@ def omni_router(router_logits_x, router_logits_y, num_experts_per_token, scores_
         indices: (num_tokens, k), int32, distinct within a token.
 
     Raises:
-        TypeError: a logits argument is no floating point tensor, num_experts_per_token no integer, or scores_dtype none
-            of the three.
+        TypeError: a logits argument is no dense floating point tensor, num_experts_per_token no integer, or scores_dtype
+            none of the three.
         ValueError: shapes, dtypes or devices differ, or a size is out of range.
         NotImplementedError: forward-mode derivatives are asked for (torch.func.jvp), which PyTorch's operators lack.
     """
-    _check(router_logits_x, router_logits_y, num_experts_per_token)
+    check(router_logits_x, router_logits_y, num_experts_per_token)
     if not torch.compiler.is_compiling():
         _check_no_tangents(router_logits_x, router_logits_y)
-    if scores_dtype is None:
-        scores_dtype = router_logits_x.dtype
-    elif scores_dtype not in DTYPES:
-        raise TypeError(f"scores_dtype must be None, float32, float16 or bfloat16, got {scores_dtype!r}")
-    return _ROUTE(router_logits_x, router_logits_y, num_experts_per_token, scores_dtype)
+    check_scores_dtype(scores_dtype)
+    return _ROUTE(router_logits_x, router_logits_y, num_experts_per_token, scores_dtype or router_logits_x.dtype)
 
 
 def triton_omni_router_func(router_logits_x, router_logits_y, num_expert_sqrt, num_experts_per_token):
@@ -69,8 +66,8 @@ def triton_omni_router_func(router_logits_x, router_logits_y, num_expert_sqrt, n
     Raises:
         TypeError, ValueError: as for `omni_router`, and for a num_expert_sqrt that is no integer or not the logits' N.
     """
-    _check(router_logits_x, router_logits_y, num_experts_per_token)
-    _check_expert_sqrt(num_expert_sqrt, router_logits_x)
+    check(router_logits_x, router_logits_y, num_experts_per_token)
+    check_expert_sqrt(num_expert_sqrt, router_logits_x)
     route, route_backward = original.original_forward, original.original_backward
     return _PlainRoute.apply(router_logits_x, router_logits_y, num_experts_per_token, route, route_backward)
 
@@ -90,8 +87,8 @@ def triton_omni_router_func_optimized(router_logits_x, router_logits_y, num_expe
     Raises:
         TypeError, ValueError: as for `omni_router`, and for a num_expert_sqrt that is no integer or not the logits' N.
     """
-    _check(router_logits_x, router_logits_y, num_experts_per_token)
-    _check_expert_sqrt(num_expert_sqrt, router_logits_x)
+    check(router_logits_x, router_logits_y, num_experts_per_token)
+    check_expert_sqrt(num_expert_sqrt, router_logits_x)
     if num_expert_sqrt <= forward.MAX_EXPERT_SQRT:
         route = forward.forward
     elif num_experts_per_token <= split_forward.MAX_EXPERTS_PER_TOKEN:
@@ -185,9 +182,9 @@ def _register(name, arguments, run, fake, save, differentiate):
         tensors = []
         for tensor, dim in zip((first, second), in_dims, strict=False):
             tensor = tensor.movedim(dim, 0) if dim is not None else tensor.expand(info.batch_size, *tensor.shape)
-            tensors.append(tensor.flatten(0, 1))
-        results = operator(*tensors, size, dtype)
-        return tuple(part.unflatten(0, (info.batch_size, part.shape[0] // info.batch_size)) for part in results), (0, 0)
+            tensors.append(tensor)
+        results = operator(*(tensor.flatten(0, 1) for tensor in tensors), size, dtype)
+        return tuple(part.unflatten(0, tensors[0].shape[:2]) for part in results), (0, 0)
 
     torch.library.register_vmap(full_name, fold_into_tokens, lib=_LIBRARY)
     return operator
@@ -195,49 +192,11 @@ def _register(name, arguments, run, fake, save, differentiate):
 
 def _new_library():
     """A namespace of the package's own name, whatever it is called; another if it has been imported before."""
-    namespace = __package__.replace(".", "_")
+    namespace = re.sub(r"\W", "_", __package__, flags=re.ASCII)
+    namespace = namespace if namespace[0].isalpha() else f"omni_{namespace}"
     while hasattr(getattr(torch.ops, namespace), "omni_router"):
         namespace += "_"
     return torch.library.Library(namespace, "FRAGMENT")
-
-
-# Checks --------------------------------------------------------------------------------------------------------------
-
-
-def _check(x, y, k):
-    for name, logits in (("router_logits_x", x), ("router_logits_y", y)):
-        if not isinstance(logits, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(logits).__name__}")
-        if logits.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float32, float16 or bfloat16, got {logits.dtype}")
-        if logits.ndim != 2:
-            raise ValueError(f"{name} must be 2-D (num_tokens, num_expert_sqrt), got shape {tuple(logits.shape)}")
-    for what, got_x, got_y in (
-        ("shape", tuple(x.shape), tuple(y.shape)),
-        ("dtype", x.dtype, y.dtype),
-        ("device", x.device, y.device),
-    ):
-        if got_x != got_y:
-            raise ValueError(f"router_logits_y must have the {what} of router_logits_x, {got_x}, got {got_y}")
-    num_expert_sqrt = x.shape[1]
-    if not 1 <= num_expert_sqrt <= MAX_EXPERT_SQRT:
-        raise ValueError(
-            f"router_logits_x must have 1 to {MAX_EXPERT_SQRT} columns (num_expert_sqrt), got shape {tuple(x.shape)}"
-        )
-    _check_integer("num_experts_per_token", k)
-    if not 0 <= k <= num_expert_sqrt**2:
-        raise ValueError(f"num_experts_per_token must be from 0 to num_expert_sqrt² = {num_expert_sqrt**2}, got {k}")
-
-
-def _check_expert_sqrt(num_expert_sqrt, x):
-    _check_integer("num_expert_sqrt", num_expert_sqrt)
-    if num_expert_sqrt != x.shape[1]:
-        raise ValueError(f"num_expert_sqrt must be the logits' number of columns, {x.shape[1]}, got {num_expert_sqrt}")
-
-
-def _check_integer(name, value):
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
 
 
 def _check_no_tangents(*tensors):

@@ -152,7 +152,7 @@ def test_a_folder_that_cannot_be_written_to(gpu, monkeypatch):
     autotune.run_study(problems=PROBLEMS[:1])
     before = tables.read("autotune")
     monkeypatch.setattr(pd.DataFrame, "to_csv", lambda self, path, **_: fail(path))
-    with pytest.raises(OSError, match=r"No space left on device: .*autotune\.partial"):
+    with pytest.raises(OSError, match=r"No space left on device: .*autotune\.csv"):
         autotune.run_study(problems=PROBLEMS)
     pd.testing.assert_frame_equal(tables.read("autotune"), before)
 

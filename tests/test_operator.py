@@ -271,6 +271,12 @@ def test_vmap(in_dims, num_tokens, device):
         torch.testing.assert_close(got, want)
 
 
+def test_vmap_of_no_batch(device):
+    x = torch.zeros(0, 6, 4, device=device)
+    scores, indices = torch.vmap(route)(x, x)
+    assert scores.shape == indices.shape == (0, 6, 3)
+
+
 def test_vmap_of_the_backward(device):
     x, y = logits(6, 4, device)
     scores, _ = route(x, y)

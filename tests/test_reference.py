@@ -18,6 +18,7 @@ from cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from omni_kernels import brute_force_router, factored_router, reference
 
@@ -30,6 +31,15 @@ def counts(num_expert_sqrt):
     """Every k of the list that exists, and all experts where they are few."""
     experts = num_expert_sqrt**2
     return sorted({k for k in COUNTS if k <= experts} | ({experts} if num_expert_sqrt <= 33 else set()))
+
+
+def test_nothing_stays_of_a_call_with_fake_tensors():
+    x, y = torch.randn(2, 3, 4)
+    with FakeTensorMode():
+        factored_router(torch.empty(3, 4), torch.empty(3, 4), 7)
+    with torch.device("meta"):
+        result = factored_router(x, y, 7)
+    assert_same_bits(result, brute_force_router(x, y, 7))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)

@@ -89,5 +89,6 @@ def test_works_without_gpu_and_interpreter():
 def test_works_elsewhere_under_another_name(tmp_path, interpret):
     if interpret and triton.__version__.startswith("3.6") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
         pytest.skip("Triton 3.6's interpreter takes no loop bound from a kernel argument under NumPy 2.4")
-    shutil.copytree(PACKAGE, tmp_path / "their_router", ignore=shutil.ignore_patterns("__pycache__"))
-    assert run_without_gpu("their_router", tmp_path, interpret) == ["False"]
+    for name in ("their_router", "un_café"):
+        shutil.copytree(PACKAGE, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        assert run_without_gpu(name, tmp_path, interpret) == ["False"]

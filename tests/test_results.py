@@ -1,5 +1,6 @@
 """README's results are those of the recorded tables, and what the tables and their arithmetic say is right."""
 
+import contextlib
 import importlib
 import pathlib
 import sys
@@ -12,6 +13,7 @@ from conftest import DEVICE
 from omni_kernels import brute_force_router, factored_router
 
 pytest.importorskip("seaborn")
+pd = pytest.importorskip("pandas")
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "notebooks"))
 speed, tables, timing = (importlib.import_module(name) for name in ("speed_study", "tables", "timing"))
 
@@ -181,6 +183,37 @@ def test_layouts_are_told(no_tables, monkeypatch):
     add_run(monkeypatch, "A GPU", "new", "layouts", *speed.layout_rows([(SMALL, list(speed.LAYOUTS))]))
     lines = speed.told("layouts", speed.layouts_table).splitlines()[4:]
     assert [line.split(" | ")[0] for line in lines] == [f"| {name}" for name in speed.LAYOUTS]
+
+
+def test_a_full_disk_takes_no_table_and_is_told_with_its_path(no_tables, tmp_path, monkeypatch):
+    add_run(monkeypatch, "A GPU", "new", "ladder", row(MAIN, speed.OMNI, 50.0))
+
+    def fail(table, path, **_):
+        path.write_text("half of a")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", fail)
+    with pytest.raises(OSError, match=r"No space left on device: '.*ladder\.csv'"):
+        tables.append("ladder", [row(MAIN, speed.OMNI, 40.0)])
+    assert tables.read("ladder").us.tolist() == [50.0]
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["ladder.csv"]
+
+
+def test_a_full_disk_takes_no_notebook(tmp_path, monkeypatch):
+    nbformat, study = (importlib.import_module(name) for name in ("nbformat", "study"))
+    source, destination = tmp_path / "source.ipynb", tmp_path / "kept.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(), source)
+    destination.write_text("as it was")
+
+    def fail(notebook, path):
+        path.write_text("half of a")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(nbformat, "write", fail)
+    monkeypatch.setattr(study.nbclient.NotebookClient, "setup_kernel", lambda self: contextlib.nullcontext())
+    with pytest.raises(OSError, match="No space"):
+        study.execute(source, destination)
+    assert destination.read_text() == "as it was"
 
 
 def test_a_hash_that_looks_like_a_number_stays_one(no_tables, monkeypatch):

@@ -29,6 +29,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from omni_kernels import (
     brute_force_router,
     factored,
+    factored_router,
     frontier,
     omni_router,
     reference,
@@ -488,6 +489,8 @@ BAD_INPUTS = {
     "x is double": (OK.double(), OK.double(), 2, TypeError, ["router_logits_x", "torch.float64", "float16"]),
     "x is complex": (OK.cfloat(), OK.cfloat(), 2, TypeError, ["router_logits_x", "torch.complex64", "float32"]),
     "y is integer": (OK, OK.int(), 2, TypeError, ["router_logits_y", "torch.int32", "float32"]),
+    "x is sparse": (OK.to_sparse(), OK, 2, TypeError, ["router_logits_x", "torch.sparse_coo", "dense"]),
+    "y is sparse": (OK, OK.to_sparse(), 2, TypeError, ["router_logits_y", "torch.sparse_coo", "dense"]),
     "x is 0-D": (logits(), logits(), 1, ValueError, ["router_logits_x", "()", "2-D"]),
     "x is 1-D": (logits(3), logits(3), 2, ValueError, ["router_logits_x", "(3,)", "2-D"]),
     "x is 3-D": (logits(2, 4, 3), logits(2, 4, 3), 2, ValueError, ["router_logits_x", "(2, 4, 3)", "2-D"]),
@@ -538,7 +541,8 @@ def assert_refused(call, error, words, monkeypatch):
 
 @pytest.mark.parametrize(("x", "y", "k", "error", "words"), BAD_INPUTS.values(), ids=BAD_INPUTS.keys())
 def test_bad_input(x, y, k, error, words, monkeypatch):
-    assert_refused(lambda: omni_router(x, y, k), error, words, monkeypatch)
+    for router in (omni_router, factored_router, brute_force_router):
+        assert_refused(lambda router=router: router(x, y, k), error, words, monkeypatch)
     num_expert_sqrt = x.shape[-1] if isinstance(x, torch.Tensor) and x.ndim else 3
     for router in (triton_omni_router_func, triton_omni_router_func_optimized):
         assert_refused(lambda router=router: router(x, y, num_expert_sqrt, k), error, words, monkeypatch)
@@ -548,6 +552,28 @@ def test_bad_input(x, y, k, error, words, monkeypatch):
 @pytest.mark.parametrize(("num_expert_sqrt", "error", "words"), BAD_EXPERT_SQRT.values(), ids=BAD_EXPERT_SQRT.keys())
 def test_bad_num_expert_sqrt(router, num_expert_sqrt, error, words, monkeypatch):
     assert_refused(lambda: router(OK, OK, num_expert_sqrt, 2), error, words, monkeypatch)
+
+
+@pytest.mark.parametrize("router", [omni_router, factored_router])
+@pytest.mark.parametrize("scores_dtype", [torch.float64, "float32", np.zeros(3)], ids=["double", "string", "array"])
+def test_bad_scores_dtype(router, scores_dtype, monkeypatch):
+    words = ["scores_dtype", "bfloat16", repr(scores_dtype)]
+    assert_refused(lambda: router(OK, OK, 2, scores_dtype), TypeError, words, monkeypatch)
+
+
+@ROUTERS
+def test_a_sign_that_pytorch_has_put_off(router, device):
+    """The imaginary part of a conjugate is a view of other numbers, marked as negative."""
+    x, y = exact_logits(5, 4, FP32, device)
+    negative = torch.complex(x, -x).conj().imag  # x
+    assert negative.is_neg()
+    assert_same_bits(router(negative, y, 3), router(x, y, 3))
+    grad = torch.randint(-3, 4, (5, 3), device=device).float()
+    marked = torch.complex(grad, -grad).conj().imag
+    x.requires_grad_()
+    scores, _ = router(x, y, 3)
+    got, want = (torch.autograd.grad(scores, x, incoming, retain_graph=True) for incoming in (marked, grad))
+    assert_same_bits(got, want)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")

@@ -1,0 +1,53 @@
+"""What the functions people call refuse, and what they say: the argument, what it got, what it needs."""
+
+import torch
+
+MAX_EXPERT_SQRT = 46340  # the largest N whose N² expert indices fit in int32
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check(x, y, k):
+    """Raises unless x and y are logits of the same tokens, and k a number of experts that there are."""
+    for name, logits in (("router_logits_x", x), ("router_logits_y", y)):
+        if not isinstance(logits, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(logits).__name__}")
+        if logits.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float32, float16 or bfloat16, got {logits.dtype}")
+        if logits.layout != torch.strided or logits.is_nested:
+            raise TypeError(f"{name} must be dense, got {'nested' if logits.is_nested else logits.layout}")
+        if logits.ndim != 2:
+            raise ValueError(f"{name} must be 2-D (num_tokens, num_expert_sqrt), got shape {tuple(logits.shape)}")
+    for what, got_x, got_y in (
+        ("shape", tuple(x.shape), tuple(y.shape)),
+        ("dtype", x.dtype, y.dtype),
+        ("device", x.device, y.device),
+    ):
+        if got_x != got_y:
+            raise ValueError(f"router_logits_y must have the {what} of router_logits_x, {got_x}, got {got_y}")
+    num_expert_sqrt = x.shape[1]
+    if not 1 <= num_expert_sqrt <= MAX_EXPERT_SQRT:
+        raise ValueError(
+            f"router_logits_x must have 1 to {MAX_EXPERT_SQRT} columns (num_expert_sqrt), got shape {tuple(x.shape)}"
+        )
+    check_integer("num_experts_per_token", k)
+    if not 0 <= k <= num_expert_sqrt**2:
+        raise ValueError(f"num_experts_per_token must be from 0 to num_expert_sqrt² = {num_expert_sqrt**2}, got {k}")
+
+
+def check_expert_sqrt(num_expert_sqrt, x):
+    """Raises unless it is the number of columns of x."""
+    check_integer("num_expert_sqrt", num_expert_sqrt)
+    if num_expert_sqrt != x.shape[1]:
+        raise ValueError(f"num_expert_sqrt must be the logits' number of columns, {x.shape[1]}, got {num_expert_sqrt}")
+
+
+def check_integer(name, value):
+    """Raises unless a value is an integer, of Python's or symbolic."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+
+
+def check_scores_dtype(scores_dtype):
+    """Raises unless it is None or a dtype that scores may have."""
+    if scores_dtype is not None and not (isinstance(scores_dtype, torch.dtype) and scores_dtype in DTYPES):
+        raise TypeError(f"scores_dtype must be None, float32, float16 or bfloat16, got {scores_dtype!r}")
