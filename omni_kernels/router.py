@@ -39,8 +39,8 @@ def omni_router(router_logits_x, router_logits_y, num_experts_per_token, scores_
         indices: (num_tokens, k), int32, distinct within a token.
 
     Raises:
-        TypeError: a logits argument is no dense floating point tensor, num_experts_per_token no integer, or scores_dtype
-            none of the three.
+        TypeError: a logits argument is no dense floating point tensor, num_experts_per_token no integer, or
+            scores_dtype none of the three.
         ValueError: shapes, dtypes or devices differ, or a size is out of range.
         NotImplementedError: forward-mode derivatives are asked for (torch.func.jvp), which PyTorch's operators lack.
     """
