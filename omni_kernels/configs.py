@@ -128,7 +128,8 @@ def get_arch(device):
 
 
 def get_arch_specific_configs(arch, kernel_type):
-    """The configurations the optimized kernels are tuned over on an architecture (the table is the guide's).
+    """The configurations listed for an architecture (the table is the guide's). The optimized forward kernels are tuned
+    over theirs; the optimized backward kernels follow rules.
 
     Args:
         arch: what `get_arch` returns; architectures without a list of their own get the general space.
