@@ -190,8 +190,10 @@ def lanes_kernel(
             again = ()
             for rank in tl.static_range(RANKS):
                 again = again + (hide(best[rank]),)  # or what both ways have in common would stay in registers
+            # Hidden, or LLVM, which does not know that lanes shuffle here, might give the odd ones a loop of their own.
+            is_odd = hide(odd.to(tl.int32)) != 0
             scores, indices, lost = select_pairs(
-                again, poison, odd, columns, NUM_EXPERT_SQRT, RANKS, K, SIDE, SPLIT, DTYPE, ROW_BITS, False, NVIDIA,
+                again, poison, is_odd, columns, NUM_EXPERT_SQRT, RANKS, K, SIDE, SPLIT, DTYPE, ROW_BITS, False, NVIDIA,
                 FP64, None,
             )  # fmt: skip
 

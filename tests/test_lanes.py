@@ -29,8 +29,8 @@ CASES = [
 ]  # fmt: skip
 if ON_GPU:  # staged and not, in one tile and several, in chunks, ragged, logit by logit
     CASES = [
-        (1, 1, BF16), (3, 9, FP32), (33, 31, FP16), (64, 32, BF16), (100, 10, BF16), (256, 16, BF16), (256, 16, FP32),
-        (512, 8, FP16), (1000, 5, FP32), (8192, 32, BF16),
+        (1, 1, BF16), (3, 9, FP32), (33, 31, FP16), (64, 1, BF16), (64, 32, BF16), (100, 10, BF16), (256, 16, BF16),
+        (256, 16, FP32), (512, 8, FP16), (1000, 5, FP32), (8192, 32, BF16),
     ]  # fmt: skip
 LANES = (2, 16)
 SMALL = [(64, 4, BF16), (40, 7, FP32)]

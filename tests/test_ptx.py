@@ -39,6 +39,7 @@ class Case(NamedTuple):
 CASES = [
     # In tiles, staged; pairs in 32 bits, or in 64.
     Case(64, 16, BF16, 16, True, 2, {"NARROW": True, "STAGED": True, "TILE_N": 64, "CHUNK": 2}),
+    Case(64, 1, BF16, 16, True, 2, {"NARROW": True, "STAGED": True, "TILE_N": 64, "CHUNK": 4}),
     Case(64, 32, BF16, 16, False, 2, {"NARROW": False, "STAGED": True, "TILE_N": 64, "CHUNK": 1}),
     Case(512, 8, BF16, 16, False, 2, {"NARROW": True, "STAGED": True, "TILE_N": 256, "CHUNK": 4}),
     Case(66, 5, BF16, 4, True, 2, {"NARROW": True, "STAGED": True, "TILE_N": 66, "CHUNK": 2, "VECTOR": 4}),
@@ -82,6 +83,7 @@ CASES = [
     Case(100, 40, FP32, 16, True, 0, {"PIECES": 2, "VECTOR": 16}),
     Case(300, 128, BF16, 8, False, 0, {"PIECES": 4, "VECTOR": 8}),
     Case(64, 256, FP32, 16, True, 0, {"TOKENS": 8}),
+    Case(64, 2, BF16, 16, True, 0, {"SIDE": 1}),
 ]
 
 
