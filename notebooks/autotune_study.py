@@ -17,7 +17,6 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import os
-import pathlib
 import random
 import re
 import signal
@@ -76,7 +75,7 @@ LIMITS = {
     "hip:gfx942": (32, 32, 64),
 }
 
-FAST_DOUBLES = ("cuda:sm80", "cuda:sm90", "cuda:sm100")  # where the last two kernels compare keys as doubles
+FAST_DOUBLES = {f"cuda:sm{major}{minor}" for major, minor in configs.DOUBLES}
 
 COMPILE_SECONDS, TIME_SECONDS = 1.2, 0.03  # what a configuration takes, as a rule: of a core, of the GPU
 COMPILE_LIMIT = 30  # seconds one configuration may take to compile
@@ -117,31 +116,37 @@ def launch(problem, config, device, arch):
         function = original.backward_kernel
         grad_x, grad_y = (torch.zeros(tokens, n, device=device) for _ in range(2))
         args = (scores, right, grad_x, grad_y, *scores.stride(), tokens, *key)
-    elif kernel == "tile":
-        function, args = factored.factored_kernel, (*logits, n)
-        constants = {**factored.kernel_constants(tokens, n, k), **constants}
-    elif kernel == "lanes":
-        function, args = lanes.lanes_kernel, logits
-        rule = lanes.kernel_constants(n, k, x.dtype, 16, arch in FAST_DOUBLES, False, constants["LANES"])
-        looped = rule["LOOPED"] and rule["CHUNK"] == constants["CHUNK"]
-        constants = {**rule, **constants, "TILE_M": 32 * config.num_warps, "LOOPED": looped}
     else:
-        function, args = frontier.frontier_kernel, logits
-        constants = {**frontier.kernel_constants(n, k, x.dtype, 16, arch in FAST_DOUBLES), **constants}
+        rule = launcher_constants(problem, arch in FAST_DOUBLES, constants.get("LANES"))
+        constants = {**rule, **constants}
+        if kernel == "tile":
+            function, args = factored.factored_kernel, (*logits, n)
+        elif kernel == "lanes":
+            function, args = lanes.lanes_kernel, logits
+            looped = rule["LOOPED"] and rule["CHUNK"] == constants["CHUNK"]
+            constants |= {"TILE_M": 32 * config.num_warps, "LOOPED": looped}
+        else:
+            function, args = frontier.frontier_kernel, logits
     return function, args, constants, (-(-tokens // tokens_of(config.kwargs, config.num_warps)),)
+
+
+def launcher_constants(problem, doubles, num_lanes):
+    """The constants that the launcher of a factored kernel computes: where doubles compare as fast as integers or not,
+    for a number of lanes a token."""
+    kernel, tokens, n, k = problem
+    if kernel == "tile":
+        return factored.kernel_constants(tokens, n, k)
+    if kernel == "lanes":
+        return lanes.kernel_constants(n, k, torch.bfloat16, 16, doubles, False, num_lanes)
+    return frontier.kernel_constants(n, k, torch.bfloat16, 16, doubles)
 
 
 def chosen(problem):
     """What the package launches for a problem of a factored kernel on the device at hand, as tables name it."""
-    kernel, tokens, n, k = problem
+    kernel, tokens, n, _ = problem
     device = configs.get_device()
-    if kernel == "tile":
-        constants = factored.kernel_constants(tokens, n, k)
-    elif kernel == "lanes":
-        count = lanes.lanes_per_token(tokens, n, torch.bfloat16.itemsize, device)
-        constants = lanes.kernel_constants(n, k, torch.bfloat16, 16, configs.compares_doubles(device), False, count)
-    else:
-        constants = frontier.kernel_constants(n, k, torch.bfloat16, 16, configs.compares_doubles(device))
+    num_lanes = lanes.lanes_per_token(tokens, n, torch.bfloat16.itemsize, device)
+    constants = launcher_constants(problem, configs.compares_doubles(device), num_lanes)
     sizes = {name: constants[name] for name in configs.TILES[kernel]}
     return label(triton.Config(sizes, num_warps=constants["num_warps"], num_stages=1))
 
@@ -386,6 +391,7 @@ def compile_table(targets=tuple(TARGETS), problems=COMPILED_PROBLEMS, only=None)
 
 @contextlib.contextmanager
 def ctrl_c_ignored():
+    """Lets nothing be cut short."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -1009,7 +1015,7 @@ def main():
             run_study(options.minutes)
             plt.switch_backend("agg")
             draw_here()
-            print(f"The figures are in {pathlib.Path(study.FIGURES)}")
+            print(f"The figures are in {study.FIGURES}")
     except KeyboardInterrupt:
         sys.exit("\nStopped; what was measured before is kept.")
     except (OSError, RuntimeError) as error:

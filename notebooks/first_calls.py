@@ -102,21 +102,19 @@ def table(rows):
             lines.append((name, *case, first.error, *"–" * 4))
             continue
         other = (
-            _number(first.other_tokens, "{:.0f}"),
+            speed.number(first.other_tokens, ".0f"),
             _duration(first.other_s),
-            _number(first.other_compiled, "{:.0f}"),
+            speed.number(first.other_compiled, ".0f"),
         )
         lines.append((name, *case, _duration(first.first_s), _duration(warm), *other))
     return speed.markdown(["rival", "tokens", "N", "k", "dtype", "empty cache", "warm cache", "then with tokens",
                            "it took", "kernels it compiled"], lines)  # fmt: skip
 
 
-def _number(value, form):
-    return "–" if math.isnan(value) else form.format(value)
-
-
 def _duration(seconds):
-    return _number(seconds, "{:.3g} s") if not seconds < 0.1 else f"{1e3 * seconds:.2g} ms"
+    if math.isnan(seconds):
+        return "–"
+    return f"{1e3 * seconds:.2g} ms" if seconds < 0.1 else f"{seconds:.3g} s"
 
 
 def main():

@@ -1,7 +1,5 @@
 """What the notebooks share: the text they route, the tables they print and the pictures they draw."""
 
-import os
-import pathlib
 import pydoc_data.topics
 
 import matplotlib.pyplot as plt
@@ -10,11 +8,9 @@ import seaborn as sns
 import torch
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
+from tables import FIGURES
 
 from omni_kernels import brute_force_router, factored_router
-
-# study.py --update points this at figures/; anything else leaves the committed pictures alone.
-FIGURES = os.environ.get("OMNI_FIGURES") or pathlib.Path(__file__).parents[1] / "study-output" / "figures"
 
 BLUE, ORANGE, GREEN, RED = (sns.color_palette("colorblind")[i] for i in (0, 1, 2, 3))
 SCORES = sns.light_palette(BLUE, as_cmap=True)
@@ -58,8 +54,8 @@ def show_table(rows, columns, cell):
 
 def save_figure(figure, name):
     """Keeps the picture as a file; the notebook shows it as well."""
-    pathlib.Path(FIGURES).mkdir(parents=True, exist_ok=True)
-    figure.savefig(pathlib.Path(FIGURES) / f"{name}.png", bbox_inches="tight")
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    figure.savefig(FIGURES / f"{name}.png", bbox_inches="tight")
     plt.show()
 
 

@@ -641,7 +641,7 @@ def guide_table(rows):
     lines = []
     for (size, k), group in rows.groupby(["num_expert_sqrt", "k"], sort=False):
         times = group.set_index("rival").us
-        gains = [_number(times[ORIGINAL] / times[name] - 1, "+,.0%") for name in (OPTIMIZED, OMNI)]
+        gains = [number(times[ORIGINAL] / times[name] - 1, "+,.0%") for name in (OPTIMIZED, OMNI)]
         low, high = GUIDE_EXPECTS[size]
         lines.append((f"{size}×{size}", k, *(microseconds(times[n]) for n in (ORIGINAL, OPTIMIZED, OMNI)), *gains,
                       f"+{low}–{high}%"))  # fmt: skip
@@ -649,7 +649,8 @@ def guide_table(rows):
                      "the guide expects of optimized"], lines)  # fmt: skip
 
 
-def _number(value, spec):
+def number(value, spec):
+    """A number as text, or a dash where there is none."""
     return "–" if value != value else format(value, spec)
 
 

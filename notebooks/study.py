@@ -46,8 +46,11 @@ def execute(path, destination):
         raise
     finally:
         partial = destination.with_suffix(".partial")  # so that a full disk takes nothing
-        nbformat.write(notebook, partial)
-        partial.replace(destination)
+        try:
+            nbformat.write(notebook, partial)
+            partial.replace(destination)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def main():

@@ -214,6 +214,7 @@ def test_a_full_disk_takes_no_notebook(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         study.execute(source, destination)
     assert destination.read_text() == "as it was"
+    assert {path.name for path in tmp_path.iterdir()} == {"source.ipynb", "kept.ipynb"}
 
 
 def test_a_hash_that_looks_like_a_number_stays_one(no_tables, monkeypatch):
