@@ -1,8 +1,9 @@
-"""The factored router for many experts a token, which no lane's registers hold: lists live in memory.
+"""The factored router for more experts a token than lanes.py takes: pairs are taken one by one, and no lane holds them.
 
 Two lanes share a token, the even one with its row of x, the odd one with its row of y. A lane sorts its row PIECE
-columns at a time with a network in registers (networks.py), and merges the pieces into the list of its k best by taking
-the largest of their heads, k times.
+columns at a time with a network in registers (networks.py). Another network merges each piece into the list of its k
+best, if that fits in registers as well; if not, pieces go to local memory, and the largest of their heads is taken k
+times.
 
 The k best pairs are then taken one by one from the frontier of the staircase (reference.py): the even lane holds the
 best pair left of each of its rows, row a being its rank a with the other factor's ranks from a on; the odd lane does
@@ -13,7 +14,7 @@ Loops instead of networks of k keys keep the code short: at k = 64 a network of 
 instruction cache holds, and waits for its own instructions.
 
 A pair's key is the 64 bits (sum, row, rank in y, rank in x). Rounding may turn pairs of one column around, hardly ever:
-where two ranks of x lie so close that it could, all of the warp's pairs are taken from rows of x alone.
+where two ranks of x lie so close that it could, all lanes take the token's pairs together, from rows of x alone.
 """
 
 import functools
@@ -24,16 +25,16 @@ import triton
 import triton.language as tl
 
 from .configs import compares_doubles, device_of, interpreting, on_nvidia
-from .keys import lowest, pack_wide, unpack, unpack_wide
-from .networks import exchange, is_less, sort
+from .keys import lowest, pack, pack_wide, unpack, unpack_wide
+from .networks import exchange, is_less, merge_best, sort
 from .pairs import fill_masked
-from .rows import keys_of_bytes, keys_of_strided, row_alignment, skip_first
+from .rows import keys_of_bytes, keys_of_strided, lowest_keys, row_alignment, skip_first
 from .words import (
     allocate_private,
     allocate_rows,
+    hide,
     load_private,
     load_shared,
-    load_shared_byte,
     partner,
     store_private,
     store_row,
@@ -45,7 +46,8 @@ MAX_EXPERTS_PER_TOKEN = 256  # ranks take 8 bits of a pair's key
 MAX_EXPERT_SQRT = 1 << 15  # and rows what is left of 31
 SHARED_BYTES = 48 << 10  # what a program may declare
 PIECE = 64  # columns sorted at once, in registers
-PIECES = 4  # pieces merged at once
+PIECES = 4  # pieces merged at once, in memory
+REGISTERS = 128  # of 32 bits, for the best keys of a row
 
 
 @triton.jit
@@ -63,8 +65,7 @@ def _merge_lists(heads, target, shared_target, RANKS: tl.constexpr, STEP: tl.con
                  FP64: tl.constexpr, writes):  # fmt: skip
     """Write the RANKS best keys of sorted lists, to private and to shared memory.
 
-    heads: where each list starts in private memory; each ends with the lowest key. Returns the smallest step between
-    unequal neighbours of the merged list, and the largest magnitude in it that is not infinite.
+    heads: where each list starts in private memory; each ends with the lowest key.
     """
     WIDE: tl.constexpr = KEY == tl.float32
     BYTES: tl.constexpr = 8 if WIDE else 4
@@ -72,16 +73,10 @@ def _merge_lists(heads, target, shared_target, RANKS: tl.constexpr, STEP: tl.con
     for i in tl.static_range(len(heads)):
         keys = keys + (load_private(heads[i], WIDE),)
     least = lowest(keys[0], FP64)
-    previous = tl.full(shared_target.shape, float("inf"), tl.float32)
-    smallest_step, largest = previous, tl.zeros_like(previous)
     for rank in tl.range(RANKS):
         best = _best(keys, FP64)
         store_private(target + rank * BYTES, best)
         store_shared(shared_target + rank * STEP, best, BYTES * 8, writes)
-        value = unpack(best, KEY, FP64)[0]
-        smallest_step = tl.where(previous > value, tl.minimum(smallest_step, previous - value), smallest_step)
-        largest = tl.where(tl.abs(value) < float("inf"), tl.maximum(largest, tl.abs(value)), largest)
-        previous = value
         taken, moves = heads[0], ()
         for i in tl.static_range(len(heads)):
             moves = moves + ((keys[i] == best) & is_less(least, best, FP64),)
@@ -92,32 +87,115 @@ def _merge_lists(heads, target, shared_target, RANKS: tl.constexpr, STEP: tl.con
             next_keys = next_keys + (tl.where(moves[i], following, keys[i]),)
             next_heads = next_heads + (tl.where(moves[i], heads[i] + BYTES, heads[i]),)
         keys, heads = next_keys, next_heads
-    return smallest_step, largest
 
 
 @triton.jit
-def _pair(x_list, y_list, rank_x, rank_y, poison, K: tl.constexpr, RANKS: tl.constexpr, STEP: tl.constexpr,
-          KEY: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
-    """The key of a pair of ranks, or the lowest key outside the staircase."""
-    inside = ((rank_x + 1) * (rank_y + 1) <= K) & (rank_x < RANKS) & (rank_y < RANKS)
-    value_x, row = unpack(load_shared(x_list + tl.minimum(rank_x, RANKS - 1) * STEP, KEY == tl.float32), KEY, FP64)
-    value_y = _value(y_list + tl.minimum(rank_y, RANKS - 1) * STEP, KEY, FP64)
-    low = ((0x7FFF - row) << 16) | ((255 - rank_y) << 8) | (255 - rank_x)
-    key = pack_wide(value_x + value_y + poison, low, True, FP64)
-    return tl.where(inside, key, lowest(key, FP64))
+def _sorted_piece(row_ptrs, stride_n, wanted, NUM_EXPERT_SQRT: tl.constexpr, PIECE: tl.constexpr,
+                  VECTOR: tl.constexpr, RAGGED: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
+    """The keys of PIECE columns from `wanted` on, descending.
+
+    If RAGGED, the last pieces begin early, so as to end with the row, and skip what others have read.
+    """
+    DTYPE: tl.constexpr = row_ptrs.dtype.element_ty
+    BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    start = tl.minimum(wanted, NUM_EXPERT_SQRT - PIECE)
+    if VECTOR > 0:
+        keys = ()
+        for offset in tl.static_range(0, PIECE * BYTES, VECTOR):
+            keys = keys + keys_of_bytes(
+                row_ptrs.to(tl.int64) + start * BYTES, offset, start + offset // BYTES, DTYPE, VECTOR, DTYPE, FP64
+            )  # fmt: skip
+    else:
+        keys = keys_of_strided(row_ptrs, stride_n, start, PIECE, DTYPE, True, FP64)
+    if RAGGED:
+        keys = skip_first(keys, wanted - start, FP64)
+    return sort(keys, True, FP64)
 
 
 @triton.jit
-def _value(address, KEY: tl.constexpr, FP64: tl.constexpr):
-    """The value of the key at an address of shared memory."""
-    return unpack(load_shared(address, KEY == tl.float32), KEY, FP64)[0]
+def _load(address, KEY: tl.constexpr, FP64: tl.constexpr):
+    """The value and the index of a key in shared memory."""
+    return unpack(load_shared(address, 64 if KEY == tl.float32 else 32), KEY, FP64)
 
 
 @triton.jit
-def _ranks(key, FP64: tl.constexpr):
-    """The ranks in x and in y of a pair's key."""
-    _, low = unpack_wide(key, FP64)
-    return 255 - (low & 255), 255 - ((low >> 8) & 255)
+def _pair(fixed_list, moving_list, fixed, moving, odd, STEP: tl.constexpr, KEY: tl.constexpr, FP64: tl.constexpr):
+    """The key of a pair. A rank is given as 255 - rank, as keys have it: that in x is `fixed`, or if odd `moving`."""
+    BITS: tl.constexpr = 64 if KEY == tl.float32 else 32
+    fixed_key = load_shared(fixed_list + (255 - fixed) * STEP, BITS)
+    moving_key = load_shared(moving_list + (255 - moving) * STEP, BITS)
+    row = unpack(tl.where(odd, moving_key, fixed_key), KEY, FP64)[1]
+    low = ((0x7FFF - row) << 16) | tl.where(odd, (fixed << 8) | moving, (moving << 8) | fixed)
+    return pack_wide(unpack(fixed_key, KEY, FP64)[0] + unpack(moving_key, KEY, FP64)[0], low, True, FP64)
+
+
+@triton.jit
+def _taken(pair, x_list, y_list, STEP: tl.constexpr, KEY: tl.constexpr, FP64: tl.constexpr):
+    """The sum, the row and the column of a pair that was taken, of which `pair` is where its ranks are."""
+    ranks = 0xFFFF - load_shared(pair, 16)
+    value_x, row = _load(x_list + (ranks & 255) * STEP, KEY, FP64)
+    value_y, column = _load(y_list + (ranks >> 8) * STEP, KEY, FP64)
+    return value_x + value_y, row, column
+
+
+@triton.jit
+def _replace_best(keys, key, FP64: tl.constexpr):
+    """Put a key in the place of the first of a descending tuple, and the tuple in order again."""
+    if len(keys) == 1:
+        return (key,)
+    else:
+        above = ()
+        for i in tl.static_range(1, len(keys)):
+            above = above + (is_less(key, keys[i], FP64),)
+        replaced = (tl.where(above[0], keys[1], key),)
+        for i in tl.static_range(1, len(keys) - 1):
+            replaced = replaced + (tl.where(above[i], keys[i + 1], tl.where(above[i - 1], key, keys[i])),)
+        return replaced + (tl.where(above[len(keys) - 2], key, keys[len(keys) - 1]),)
+
+
+@triton.jit
+def _take_by_rows(pairs, x_list, K: tl.constexpr, RANKS: tl.constexpr, STEP: tl.constexpr, KEY_BYTES: tl.constexpr,
+                  KEY: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
+    """The ranks of a token's K best pairs, taken by all lanes of the warp, each from every 32nd row of x."""
+    heads = ()
+    for first in tl.static_range(0, RANKS, 32):
+        rank = tl.minimum(first + tl.arange(0, 32), RANKS - 1)
+        key = _pair(x_list, x_list + KEY_BYTES, 255 - rank, rank * 0 + 255, rank < 0, STEP, KEY, FP64)
+        heads = heads + (tl.where(first + tl.arange(0, 32) < RANKS, key, lowest(key, FP64)),)
+    for slot in tl.range(K):
+        best = _best(heads, FP64)
+        for i in tl.static_range(5):
+            best = exchange(best, partner(best, 1 << i, True), True, FP64)[0]
+        popped = unpack_wide(best, FP64)[1]
+        store_shared(pairs + slot * 2, popped, 16, tl.arange(0, 32) == 0)
+        rank_x, rank_y = 255 - (popped & 255), 256 - ((popped >> 8) & 255)  # of the pair that follows in its row
+        key = _pair(
+            x_list, x_list + KEY_BYTES, 255 - rank_x, 255 - tl.minimum(rank_y, RANKS - 1), rank_x < 0, STEP, KEY, FP64
+        )  # fmt: skip
+        inside = ((rank_x + 1) * (rank_y + 1) <= K) & (rank_y < RANKS)
+        following, next_heads = tl.where(inside, key, lowest(key, FP64)), ()
+        for i in tl.static_range(len(heads)):
+            next_heads = next_heads + (tl.where(heads[i] == best, following, heads[i]),)
+        heads = next_heads
+
+
+@triton.jit
+def _spread(values_list, STEP: tl.constexpr, RANKS: tl.constexpr, KEY: tl.constexpr, FP64: tl.constexpr):
+    """The largest magnitude in a descending list that is not infinite; and how much more the other factor's must not
+    be, or two sums of one column might round to the same.
+
+    That takes neighbours x > x' of the list with x - x' at most 2**-23 of a sum, which is at most |x| + |y|. (The
+    factor here leaves some room.)
+    """
+    previous, _ = _load(values_list, KEY, FP64)
+    largest, limit = tl.zeros_like(previous), tl.full(previous.shape, float("inf"), tl.float32)
+    for rank in tl.range(RANKS):
+        value, _ = _load(values_list + rank * STEP, KEY, FP64)
+        largest = tl.where(tl.abs(value) < float("inf"), tl.maximum(largest, tl.abs(value)), largest)
+        margin = (previous - value) * (0.75 * 2.0**23) - tl.abs(previous)
+        limit = tl.where(previous > value, tl.minimum(limit, margin), limit)
+        previous = value
+    return largest, limit
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -126,12 +204,11 @@ def frontier_kernel(
     stride_xm, stride_xn, stride_ym, stride_yn,
     num_tokens,
     NUM_EXPERT_SQRT: tl.constexpr, K: tl.constexpr, SIDE: tl.constexpr,
-    TOKENS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, VECTOR: tl.constexpr,
+    TOKENS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, IN_REGISTERS: tl.constexpr, VECTOR: tl.constexpr,
     FP64: tl.constexpr,
 ):  # fmt: skip
     RANKS: tl.constexpr = min(K, NUM_EXPERT_SQRT)
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
     # Where the lists of 16 tokens would not fit, a warp routes fewer, and its other lanes do as the first ones do.
     lane = tl.arange(0, 32) % (2 * TOKENS)
     writes = tl.arange(0, 32) < 2 * TOKENS
@@ -142,131 +219,122 @@ def frontier_kernel(
     x_ptrs, y_ptrs = x_ptr + read * stride_xm, y_ptr + read * stride_ym
     row_ptrs, stride_n = tl.where(odd, y_ptrs, x_ptrs), tl.where(odd, stride_yn, stride_xn)
 
-    # Pieces, and between tiles the best so far, are a lane's own business.
     KEY_BYTES: tl.constexpr = 8 if DTYPE == tl.float32 else 4
-    PITCH: tl.constexpr = (PIECE + 1) * KEY_BYTES
-    LIST: tl.constexpr = (RANKS + 1) * KEY_BYTES
-    TILES: tl.constexpr = (NUM_EXPERT_SQRT + PIECE * PIECES - 1) // (PIECE * PIECES)
-    private = allocate_private(lane, PIECES * PITCH + 2 * LIST)
-    source, target = private + PIECES * PITCH, private + PIECES * PITCH + LIST
-    least = lowest(tl.zeros_like(lane).to(tl.int64 if DTYPE == tl.float32 else tl.int32), FP64)
-    for piece in tl.static_range(PIECES):
-        store_private(private + piece * PITCH + PIECE * KEY_BYTES, least)
-    store_private(source, least)  # nothing is best yet
-    store_private(source + RANKS * KEY_BYTES, least)
-    store_private(target + RANKS * KEY_BYTES, least)
     # Rank r of a lane's list is at r * STEP of shared memory, so that every lane has a bank to itself.
     STEP: tl.constexpr = 2 * TOKENS * KEY_BYTES
-    OUT_PITCH: tl.constexpr = (K + 1) * 8
-    out = allocate_rows(lane, TOKENS * OUT_PITCH + RANKS * STEP + RANKS * 32)
+    OUT_PITCH: tl.constexpr = ((K + 1) // 2 | 1) * 4  # of ranks, 16 bits a pair
+    out = allocate_rows(lane, TOKENS * OUT_PITCH + (RANKS + 1) * STEP)
     lists = out + TOKENS * OUT_PITCH
-    counters = lists + RANKS * STEP + tl.arange(0, 32)
+    own_list, other_list = lists + lane * KEY_BYTES, lists + (lane ^ 1) * KEY_BYTES
+    # Past the end of a list everything is -inf.
+    end = pack(tl.full((32,), float("-inf"), tl.float32), lane * 0, DTYPE, True, FP64)
+    store_shared(own_list + RANKS * STEP, end, KEY_BYTES * 8, writes)
 
-    smallest_step = tl.full((32,), 0.0, tl.float32)
-    largest = smallest_step
-    for tile in tl.range(TILES):
-        for piece in tl.range(PIECES):
-            # The last pieces begin early where they would not fit, and skip what others have read.
-            wanted = lane * 0 + (tile * PIECES + piece) * PIECE
-            start = tl.minimum(wanted, NUM_EXPERT_SQRT - PIECE)
-            if VECTOR > 0:
-                keys = ()
-                for offset in tl.static_range(0, PIECE * BYTES, VECTOR):
-                    keys = keys + keys_of_bytes(
-                        row_ptrs.to(tl.int64) + start * BYTES, offset, start + offset // BYTES, DTYPE, VECTOR,
-                        DTYPE, FP64,
-                    )  # fmt: skip
-            else:
-                keys = keys_of_strided(row_ptrs, stride_n, start, PIECE, DTYPE, True, FP64)
-            if NUM_EXPERT_SQRT % (PIECE * PIECES) != 0:
-                keys = skip_first(keys, wanted - start, FP64)
-            keys = sort(keys, True, FP64)
-            for i in tl.static_range(PIECE):
-                store_private(private + piece * PITCH + i * KEY_BYTES, keys[i])
-        heads = (source,) if TILES > 1 else ()
+    least = lowest(lane.to(tl.int64) if DTYPE == tl.float32 else lane, FP64)
+    if IN_REGISTERS:
+        top = lowest_keys(least, RANKS, FP64)
+        for piece in tl.range((NUM_EXPERT_SQRT + PIECE - 1) // PIECE):
+            wanted = hide(lane * 0 + piece * PIECE)
+            piece_keys = _sorted_piece(
+                row_ptrs, stride_n, wanted, NUM_EXPERT_SQRT, PIECE, VECTOR, NUM_EXPERT_SQRT % PIECE != 0, FP64
+            )  # fmt: skip
+            top = merge_best(top, piece_keys[:RANKS], RANKS, True, FP64)
+        for rank in tl.static_range(RANKS):
+            store_shared(own_list + rank * STEP, top[rank], KEY_BYTES * 8, writes)
+    else:
+        # Pieces, and between tiles the best so far, are a lane's own business.
+        PITCH: tl.constexpr = (PIECE + 1) * KEY_BYTES
+        LIST: tl.constexpr = (RANKS + 1) * KEY_BYTES
+        TILES: tl.constexpr = (NUM_EXPERT_SQRT + PIECE * PIECES - 1) // (PIECE * PIECES)
+        RAGGED: tl.constexpr = NUM_EXPERT_SQRT % (PIECE * PIECES) != 0
+        private = allocate_private(lane, PIECES * PITCH + 2 * LIST)
+        source, target = private + PIECES * PITCH, private + PIECES * PITCH + LIST
         for piece in tl.static_range(PIECES):
-            heads = heads + (private + piece * PITCH,)
-        smallest_step, largest = _merge_lists(
-            heads, target, lists + lane * KEY_BYTES, RANKS, STEP, DTYPE, FP64, writes
-        )  # fmt: skip
-        source, target = target, source
+            store_private(private + piece * PITCH + PIECE * KEY_BYTES, least)
+        store_private(source, least)  # nothing is best yet
+        store_private(source + RANKS * KEY_BYTES, least)
+        store_private(target + RANKS * KEY_BYTES, least)
+        for tile in tl.range(TILES):
+            for part in tl.range(PIECES):
+                wanted = lane * 0 + (tile * PIECES + part) * PIECE
+                piece_keys = _sorted_piece(
+                    row_ptrs, stride_n, wanted, NUM_EXPERT_SQRT, PIECE, VECTOR, RAGGED, FP64
+                )  # fmt: skip
+                for i in tl.static_range(PIECE):
+                    store_private(private + part * PITCH + i * KEY_BYTES, piece_keys[i])
+            heads = (source,) if TILES > 1 else ()
+            for piece in tl.static_range(PIECES):
+                heads = heads + (private + piece * PITCH,)
+            _merge_lists(heads, target, own_list, RANKS, STEP, DTYPE, FP64, writes)
+            source, target = target, source
     sync_warp(lane)
 
     x_list, y_list = lists + (lane & -2) * KEY_BYTES, lists + (lane | 1) * KEY_BYTES
     END: tl.constexpr = (RANKS - 1) * STEP
-    first_x, last_x = _value(x_list, DTYPE, FP64), _value(x_list + END, DTYPE, FP64)
-    first_y, last_y = _value(y_list, DTYPE, FP64), _value(y_list + END, DTYPE, FP64)
+    first_x, last_x = _load(x_list, DTYPE, FP64)[0], _load(x_list + END, DTYPE, FP64)[0]
+    first_y, last_y = _load(y_list, DTYPE, FP64)[0], _load(y_list + END, DTYPE, FP64)[0]
     # Where +inf may meet -inf, or NaN is there, all of the token's scores become NaN: every path agrees on that.
-    poison = tl.where(
-        (first_x + last_y == first_x + last_y) & (first_y + last_x == first_y + last_x), 0.0, float("nan")
-    )
-    # Two sums of one column can only round to the same if the step between their rows is below the sums' last bit, or
-    # if they are infinite. (Which -inf pairs are selected, `fill_masked` decides.)
-    step_x = tl.where(odd, partner(smallest_step, 1, True), smallest_step)
-    exact = step_x > (largest + partner(largest, 1, True)) * 2.0**-22
-    exact &= (poison == 0.0) & (first_x < float("inf")) & (first_y < float("inf"))
-    by_rows = tl.max(tl.where(exact, 0, 1), 0)
+    poisoned = (first_x + last_y != first_x + last_y) | (first_y + last_x != first_y + last_x)
+    if tl.max(poisoned.to(tl.int32), 0) != 0:
+        for place in tl.range(RANKS):
+            value, index = _load(own_list + place * STEP, DTYPE, FP64)
+            nan_key = pack(value + float("nan"), index, DTYPE, True, FP64)
+            sync_warp(lane)  # after the others' loads
+            store_shared(own_list + place * STEP, nan_key, KEY_BYTES * 8, writes & poisoned)
+        sync_warp(lane)
+    # Sums of one column tie where they round to the same, or are infinite. (Of -inf ones, `fill_masked` takes care.)
+    largest, limit = _spread(own_list, STEP, RANKS, DTYPE, FP64)
+    exact = tl.where(odd, largest < partner(limit, 1, True), partner(largest, 1, True) < limit)
+    by_rows = (~(exact & (first_x + first_y < float("inf")))).to(tl.int32)
 
     pairs = out + lane // 2 * OUT_PITCH
-    num_finite = tl.zeros_like(lane)
-    keys = ()
+    LAST: tl.constexpr = 255 - min(RANKS, 255)  # where a row ends, in the form of a key's ranks
+    heads = ()
     for a in tl.static_range(SIDE):
-        own, other = tl.zeros_like(lane) + a, tl.where(odd, a + 1, a)
-        keys = keys + (
-            _pair(
-                x_list, y_list, tl.where(odd, other, own), tl.where(odd, own, other), poison, K, RANKS, STEP,
-                DTYPE, FP64,
-            ),
+        heads = heads + (
+            _pair(own_list, other_list, lane * 0 + (255 - a), tl.where(odd, 254 - a, 255 - a), odd, STEP, DTYPE, FP64),
         )  # fmt: skip
-    for slot in tl.range(K * (1 - by_rows)):
-        best = _best(keys, FP64)
-        rival = partner(best, 1, True)
-        wins = is_less(rival, best, FP64)
-        popped = tl.where(wins, best, rival)
-        store_shared(pairs + slot * 8, popped, 64, writes & ~odd)
-        num_finite += (unpack_wide(popped, FP64)[0] > float("-inf")).to(tl.int32)
-        rank_x, rank_y = _ranks(best, FP64)
-        row = tl.where(odd, rank_y, rank_x)
-        key = _pair(
-            x_list, y_list, tl.where(odd, rank_x + 1, rank_x), tl.where(odd, rank_y, rank_y + 1), poison, K, RANKS,
-            STEP, DTYPE, FP64,
-        )  # fmt: skip
-        next_keys = ()
-        for a in tl.static_range(SIDE):
-            next_keys = next_keys + (tl.where(wins & (row == a), key, keys[a]),)
-        keys = next_keys
-
-    # By rows of x alone, of which `counters` counts the pairs taken.
-    for rank in tl.range(RANKS * by_rows):
-        store_shared(counters + rank * 32, tl.zeros_like(lane), 8, lane >= 0)
-    for slot in tl.range(K * by_rows):
-        best = lowest(lane.to(tl.int64), FP64)
-        for rank in tl.range(RANKS):
-            taken = load_shared_byte(counters + rank * 32)
-            key = _pair(x_list, y_list, lane * 0 + rank, taken, poison, K, RANKS, STEP, DTYPE, FP64)
-            best = exchange(best, key, True, FP64)[0]
-        store_shared(pairs + slot * 8, best, 64, writes & ~odd)
-        num_finite += (unpack_wide(best, FP64)[0] > float("-inf")).to(tl.int32)
-        rank_x, rank_y = _ranks(best, FP64)
-        store_shared(counters + rank_x * 32, rank_y + 1, 8, lane >= 0)
+    heads = sort(heads, True, FP64)
+    for slot in tl.range(K):
+        rival = partner(heads[0], 1, True)
+        wins = is_less(rival, heads[0], FP64)
+        popped = unpack_wide(tl.where(wins, heads[0], rival), FP64)[1]
+        store_shared(pairs + slot * 2, popped, 16, writes & ~odd)
+        ranks = unpack_wide(heads[0], FP64)[1]
+        fixed, moving = (ranks >> tl.where(odd, 8, 0)) & 255, (ranks >> tl.where(odd, 0, 8)) & 255
+        following = _pair(own_list, other_list, fixed, tl.maximum(moving - 1, LAST), odd, STEP, DTYPE, FP64)
+        heads = _replace_best(heads, tl.where(wins, following, heads[0]), FP64)
+    sync_warp(lane)
+    for token in tl.range(TOKENS * tl.max(by_rows, 0)):
+        if tl.max(tl.where(lane // 2 == token, by_rows, 0), 0) != 0:
+            _take_by_rows(
+                out + token * OUT_PITCH, lists + token * 2 * KEY_BYTES, K, RANKS, STEP, KEY_BYTES, DTYPE, FP64
+            )  # fmt: skip
     sync_warp(lane)
 
-    for start in tl.range(0, TOKENS * K, 32):
-        output = start + tl.arange(0, 32)
-        token = tl.minimum(output // K, TOKENS - 1)
-        score, low = unpack_wide(load_shared(out + token * OUT_PITCH + output % K * 8, True), FP64)
-        rank_y = 255 - ((low >> 8) & 255)
-        y_key = load_shared(lists + rank_y * STEP + (token * 2 + 1) * KEY_BYTES, DTYPE == tl.float32)
-        index = (0x7FFF - (low >> 16)) * NUM_EXPERT_SQRT + unpack(y_key, DTYPE, FP64)[1]
-        valid = (output < TOKENS * K) & (first_token + token < num_tokens)
-        store_row(scores_ptr + first_token * K + output, (score.to(scores_ptr.dtype.element_ty),), valid, True)
-        store_row(indices_ptr + first_token * K + output, (index,), valid, True)
+    for token in tl.range(TOKENS):
+        for start in tl.static_range(0, K, 32):
+            slots = start + tl.arange(0, 32)
+            token_list = lists + token * 2 * KEY_BYTES
+            score, row, column = _taken(
+                out + token * OUT_PITCH + tl.minimum(slots, K - 1) * 2, token_list, token_list + KEY_BYTES, STEP, DTYPE,
+                FP64,
+            )  # fmt: skip
+            outputs = (first_token + token) * K + slots
+            valid = (slots < K) & (first_token + token < num_tokens)
+            store_row(scores_ptr + outputs, (score.to(scores_ptr.dtype.element_ty),), valid, True)
+            store_row(indices_ptr + outputs, (row * NUM_EXPERT_SQRT + column,), valid, True)
 
-    ordinary = (tokens < num_tokens) & (first_x < float("inf")) & (first_y < float("inf")) & (num_finite < K)
-    if tl.max(ordinary.to(tl.int32), 0) != 0:
+    worst = _taken(pairs + (K - 1) * 2, x_list, y_list, STEP, DTYPE, FP64)[0]
+    fill = (tokens < num_tokens) & (first_x < float("inf")) & (first_y < float("inf")) & (worst == float("-inf"))
+    if tl.max(fill.to(tl.int32), 0) != 0:
+        num_finite = tl.zeros_like(lane)
+        for slot in tl.range(K):
+            score = _taken(pairs + slot * 2, x_list, y_list, STEP, DTYPE, FP64)[0]
+            num_finite += (score > float("-inf")).to(tl.int32)
         sync_warp(lane)  # after the others' stores
         fill_masked(
-            x_ptrs, y_ptrs, indices_ptr + tokens * K, stride_xn, stride_yn, num_finite, ordinary & writes & ~odd,
+            x_ptrs, y_ptrs, indices_ptr + tokens * K, stride_xn, stride_yn, num_finite, fill & writes & ~odd,
             NUM_EXPERT_SQRT, K, True,
         )  # fmt: skip
 
@@ -299,16 +367,17 @@ def frontier_forward(router_logits_x, router_logits_y, num_experts_per_token, sc
 def kernel_constants(num_expert_sqrt, k, dtype, alignment, fp64):
     """The kernel's constants. alignment: of the rows, in bytes; 0 where their logits do not lie side by side."""
     row = num_expert_sqrt * dtype.itemsize
-    piece = min(PIECE, num_expert_sqrt)
+    ranks, words = min(k, num_expert_sqrt), 2 if dtype == torch.float32 else 1  # of a key
+    in_registers = ranks * words <= REGISTERS
+    piece = min(PIECE // words if in_registers else PIECE, num_expert_sqrt)
     vector = min(alignment, row & -row, piece * dtype.itemsize & -(piece * dtype.itemsize))
-    ranks = min(k, num_expert_sqrt)
-    token_bytes = (k + 1) * 8 + ranks * (16 if dtype == torch.float32 else 8)
+    token_bytes = ((k + 1) // 2 | 1) * 4 + (ranks + 1) * 8 * words
     return {
         "NUM_EXPERT_SQRT": num_expert_sqrt, "K": k, "SIDE": min(math.isqrt(k), num_expert_sqrt),
-        "TOKENS": next(tokens for tokens in (16, 8, 4) if tokens * token_bytes + ranks * 32 <= SHARED_BYTES),
+        "TOKENS": next(tokens for tokens in (16, 8, 4) if tokens * token_bytes <= SHARED_BYTES),
         "PIECE": piece,
-        "PIECES": min(PIECES, -(-num_expert_sqrt // piece)), "VECTOR": vector if vector >= 4 else 0,
-        "FP64": fp64, "num_warps": 1,
+        "PIECES": min(PIECES, -(-num_expert_sqrt // piece)), "IN_REGISTERS": in_registers,
+        "VECTOR": vector if vector >= 4 else 0, "FP64": fp64, "num_warps": 1,
     }  # fmt: skip
 
 

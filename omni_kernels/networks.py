@@ -124,7 +124,7 @@ def bitonic(keys, NVIDIA: tl.constexpr, FP64: tl.constexpr, one=None):
 
 @triton.jit
 def merge_best(a, b, K: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr, one=None):
-    """The K best of two descending tuples of the same length, descending."""
+    """The K best of two descending tuples, descending, K at most len(a), and len(b) no more."""
     if K == len(a) and K & (K - 1) == 0:
         return bitonic(best_of(a, b, NVIDIA, FP64, one), NVIDIA, FP64, one)
     else:

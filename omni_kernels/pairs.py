@@ -124,7 +124,7 @@ def select_pairs(best, poison, odd, columns, NUM_EXPERT_SQRT: tl.constexpr, RANK
             score, reversed_low = unpack(pairs[slot], ID_BITS)
             low = (1 << ID_BITS) - 1 - reversed_low
             rank = RANKS - 1 - (low & ((1 << RANK_BITS) - 1))
-            column = load_shared(columns + rank * 4, False)
+            column = load_shared(columns + rank * 4, 32)
         else:
             score, low = unpack_wide(pairs[slot], FP64)
             column = low & ROW_MASK

@@ -347,23 +347,17 @@ def store_row(ptrs, values, mask, NVIDIA: tl.constexpr):
 
 
 @triton.jit
-def load_shared(address, WIDE: tl.constexpr):
-    """An int32 or, WIDE, int64 from shared memory."""
-    if WIDE:
-        return tl.inline_asm_elementwise("ld.shared.b64 $0, [$1];", "=l,r", [address], tl.int64, False, 1)
-    else:
-        return tl.inline_asm_elementwise("ld.shared.b32 $0, [$1];", "=r,r", [address], tl.int32, False, 1)
-
-
-@triton.jit
-def load_shared_byte(address):
-    """A byte from shared memory, as an int32."""
-    return tl.inline_asm_elementwise("ld.shared.u8 $0, [$1];", "=r,r", [address], tl.int32, False, 1)
+def load_shared(address, BITS: tl.constexpr):
+    """A number of 8, 16, 32 or 64 bits from shared memory: an int64, or an int32 with zeros above."""
+    CLASS: tl.constexpr = "l" if BITS == 64 else "r"
+    return tl.inline_asm_elementwise(
+        f"ld.shared.u{BITS} $0, [$1];", f"={CLASS},r", [address], tl.int64 if BITS == 64 else tl.int32, False, 1
+    )
 
 
 @triton.jit
 def store_shared(address, value, BITS: tl.constexpr, mask):
-    """The low BITS (8, 32 or 64) bits of an int32 or int64, to shared memory."""
+    """The low BITS (8, 16, 32 or 64) bits of an int32 or int64, to shared memory."""
     CLASS: tl.constexpr = "l" if BITS == 64 else "r"
     tl.inline_asm_elementwise(
         f"{{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.shared.b{BITS} [$1], $2; mov.u32 $0, 0; }}",

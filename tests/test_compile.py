@@ -44,6 +44,7 @@ KERNELS = {
     "factored.factored_kernel of one expert": (100, 1),
     "forward.forward_kernel": {"TILE_M": 4, "TILE_N": 32},
     "frontier.frontier_kernel": (256, 64),
+    "frontier.frontier_kernel in memory": (256, 200),
     "lanes.lanes_kernel": (256, 8, False, 2),
     "lanes.lanes_kernel of few tokens": (256, 8, False, 16),
     "lanes.lanes_kernel of an odd number of vectors": (100, 8, False, 2),

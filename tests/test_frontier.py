@@ -117,6 +117,7 @@ def test_lists_fit_in_shared_memory(num_expert_sqrt, dtype):
     for k in (1, 33, 64, 128, frontier.MAX_EXPERTS_PER_TOKEN):
         constants = frontier.kernel_constants(num_expert_sqrt, k, dtype, 16, True)
         ranks, key_bytes = min(k, num_expert_sqrt), 8 if dtype == torch.float32 else 4
-        num_bytes = constants["TOKENS"] * ((k + 1) * 8 + 2 * ranks * key_bytes) + ranks * 32
+        pitch = ((k + 1) // 2 | 1) * 4
+        num_bytes = constants["TOKENS"] * (pitch + 2 * (ranks + 1) * key_bytes)
         assert num_bytes <= frontier.SHARED_BYTES
         assert constants["TOKENS"] == 16 or num_bytes * 2 > frontier.SHARED_BYTES

@@ -76,13 +76,15 @@ CASES = [
     Case(20, 7, FP32, 0, False, 2, {"TILE_N": 0}),
     Case(40, 5, FP32, 0, True, 2, {"TILE_N": 0}),
     Case(1, 1, BF16, 2, True, 2, {"TILE_N": 0}),
-    # frontier.py: one piece, several, several tiles of them; fewer tokens a warp.
-    Case(64, 40, BF16, 16, True, 0, {"PIECES": 1, "VECTOR": 16}),
-    Case(20, 33, FP32, 0, True, 0, {"PIECE": 20, "VECTOR": 0}),
-    Case(33, 40, FP32, 4, False, 0, {"PIECE": 33, "VECTOR": 4}),
-    Case(100, 40, FP32, 16, True, 0, {"PIECES": 2, "VECTOR": 16}),
-    Case(300, 128, BF16, 8, False, 0, {"PIECES": 4, "VECTOR": 8}),
-    Case(64, 256, FP32, 16, True, 0, {"TOKENS": 8}),
+    # frontier.py: one piece, several, several tiles of them; in registers or in memory; fewer tokens a warp.
+    Case(64, 40, BF16, 16, True, 0, {"IN_REGISTERS": True, "PIECE": 64, "PIECES": 1, "VECTOR": 16}),
+    Case(20, 33, FP32, 0, True, 0, {"IN_REGISTERS": True, "PIECE": 20, "VECTOR": 0}),
+    Case(33, 40, FP32, 4, False, 0, {"IN_REGISTERS": True, "PIECE": 32, "VECTOR": 4}),
+    Case(100, 40, FP32, 16, True, 0, {"IN_REGISTERS": True, "PIECES": 4, "VECTOR": 16}),
+    Case(300, 128, BF16, 8, False, 0, {"IN_REGISTERS": True, "PIECE": 64, "VECTOR": 8}),
+    Case(300, 140, FP16, 8, True, 0, {"IN_REGISTERS": False, "PIECES": 4, "VECTOR": 8}),
+    Case(100, 70, FP32, 16, False, 0, {"IN_REGISTERS": False, "PIECES": 2, "VECTOR": 16}),
+    Case(200, 200, FP32, 16, True, 0, {"IN_REGISTERS": False, "TOKENS": 8}),
     Case(64, 2, BF16, 16, True, 0, {"SIDE": 1}),
 ]
 
