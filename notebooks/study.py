@@ -34,9 +34,9 @@ def execute(path, destination):
         shutdown_kernel="immediate",
         coalesce_streams=True,
     )
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for cell in code:
+        cell.outputs, cell.execution_count = [], None
     try:
         with client.setup_kernel():
             for index, cell in enumerate(tqdm(notebook.cells, desc=path.stem, unit="cell")):
@@ -45,6 +45,8 @@ def execute(path, destination):
         destination = OUTPUT / path.name  # never over a committed notebook
         raise
     finally:
+        for cell in code:  # what a progress bar leaves behind is no output
+            cell.outputs = [output for output in cell.outputs if output.get("text", "none").strip()]
         partial = destination.with_suffix(".partial")  # so that a full disk takes nothing
         try:
             nbformat.write(notebook, partial)

@@ -19,7 +19,7 @@ import triton
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 RECORDED = REPOSITORY / "figures" / "data"
 # study.py --update points this at figures/; anything else leaves the committed pictures and tables alone.
-FIGURES = pathlib.Path(os.environ.get("OMNI_FIGURES") or REPOSITORY / "study-output" / "figures")
+FIGURES = pathlib.Path(os.environ.get("OMNI_FIGURES") or REPOSITORY / "study-output" / "figures").resolve()
 DATA = FIGURES / "data"
 SETTING = ["gpu", "torch", "triton", "source"]  # rows that agree in these were measured on the same thing
 

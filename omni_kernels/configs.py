@@ -53,8 +53,22 @@ FACTORED_SPACE = {
     "lanes": ([2, 4, 8, 16, 32], [1, 2, 4], [1, 2], [1]),
     "frontier": ([4, 8, 16], [16, 32, 64], [1], [1]),
 }
-
-SPACES = {"original": ORIGINAL_SPACE, "general": GENERAL_SPACE, "factored": FACTORED_SPACE, **ARCH_SPACES}
+# Of all kernels, as measured on an H100 (notebook 2): for each problem of the study one within 2% of its best.
+HOPPER_MEASURED_SPACE = {
+    "fwd": ([1], [2, 4], [1]),
+    "fwd_split": ([1], [1024, 4096, 16384], [4, 8], [1]),
+    "bwd": ([32], [16], [8], [1]),
+    "tile": ([1], [1, 4], [1], [1]),
+    "lanes": ([2, 32], [1, 4], [1], [1]),
+    "frontier": ([8, 16], [32, 64], [1], [1]),
+}
+SPACES = {
+    "original": ORIGINAL_SPACE,
+    "general": GENERAL_SPACE,
+    "factored": FACTORED_SPACE,
+    **ARCH_SPACES,
+    "cuda:sm90:measured": HOPPER_MEASURED_SPACE,
+}
 
 DOUBLES = ((8, 0), (9, 0), (10, 0))  # GPUs that compare doubles as fast as integers, and have the most shared memory
 REGISTERS = 64 * 512 if torch.version.hip else 32 * 255  # of a warp, 32 bits each

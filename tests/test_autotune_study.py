@@ -176,11 +176,13 @@ def test_verifying_prints_the_rank_correlation_and_keeps_nothing(gpu, capsys):
     assert len(tables.read("autotune")) == count
 
 
-def test_only_what_is_slow_twice_is_given_up_after_a_sample(monkeypatch):
-    samples = iter([900.0, 7.0, 900.0, 800.0])
+def test_a_host_that_stumbles_is_not_recorded(monkeypatch):
+    samples = iter([900.0, 800.0, 900.0, 7.0, 900.0] * 2 + [800.0, 900.0, 850.0, 810.0, 820.0])
+    medians = iter([[0.1, 0.005, 0.2], [0.006, 0.005, 0.007], *[[0.1, 0.005, 0.2]] * 2, [0.2, 0.1, 0.3]])
     monkeypatch.setattr(autotune.timing, "once", lambda run: next(samples))
-    monkeypatch.setattr(autotune.timing, "do_bench", lambda run, **_: [0.006, 0.005, 0.007])
+    monkeypatch.setattr(autotune.timing, "do_bench", lambda run, **_: next(medians))
     assert autotune.measure("run", best=6.0) == [6.0, 5.0, 7.0]
+    assert autotune.measure("run", best=6.0) == [200.0, 100.0, 300.0]
     assert autotune.measure("run", best=6.0) == [800.0] * 3
 
 
@@ -305,6 +307,20 @@ def test_the_pasted_lists_hold_a_good_configuration_for_every_problem(gpu, monke
         candidates = autotune.configs.get_configs("measured", problem.kernel)
         times = autotune.times_of(rows, problem, candidates)
         assert min(times.values()) <= 1.02 * min(autotune.times_of(rows, problem).values())
+
+
+def test_the_measured_lists_hold_a_good_configuration_for_every_recorded_problem(monkeypatch):
+    monkeypatch.setattr(tables, "DATA", tables.RECORDED)
+    held = autotune.measured_list(autotune.of_gpu(autotune.recorded_rows("autotune")))
+    assert list(held.index) == [autotune.title(problem) for problem in autotune.PROBLEMS]
+    assert (held["configurations"] < held["of"]).all()
+    assert held["time / best"].between(1, 1.02).all()
+
+
+def test_an_architecture_without_measured_lists(gpu):
+    autotune.run_study(problems=PROBLEMS)
+    rows = autotune.of_gpu(autotune.recorded_rows("autotune")).assign(arch="cuda:sm80")
+    assert autotune.measured_list(rows).empty
 
 
 def test_the_pictures(gpu, tmp_path, capsys):

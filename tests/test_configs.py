@@ -71,6 +71,14 @@ def test_the_factored_kernels_have_spaces_of_their_own():
         assert {tuple(config.kwargs) for config in found} == {configs.TILES[kernel_type]}
 
 
+def test_the_measured_lists_are_a_part_of_what_was_measured():
+    for kernel_type in configs.TILES:
+        everything = get_configs("factored" if kernel_type in configs.FACTORED_SPACE else "general", kernel_type)
+        measured = get_configs("cuda:sm90:measured", kernel_type)
+        assert 0 < len(measured) < len(everything)
+        assert set(map(str, measured)) < set(map(str, everything))
+
+
 @pytest.mark.parametrize(
     ("space", "counts"),
     [

@@ -238,6 +238,13 @@ def test_the_source_of_a_row_is_code_and_not_the_lists_for_tuning(tmp_path, monk
     assert source(f"{wider}2\n") != before
 
 
+def test_a_folder_named_from_where_one_stands_is_the_same_folder():
+    """The recorded tables are read once, not twice."""
+    code = "import tables; print(tables.DATA == tables.RECORDED)"
+    environment = {"OMNI_FIGURES": "../figures"}
+    assert run_python("-c", code, folder=pathlib.Path(tables.__file__).parent, **environment) == "True\n"
+
+
 def test_what_is_measured_is_not_measured_again(no_tables, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
