@@ -901,7 +901,7 @@ def draw_gains(rows):
     for name, color, marker in (("general", study.BLUE, "o"), ("architecture", study.GREEN, "D")):
         axes.plot(table["original"] / table[name], range(len(table)), marker, color=color, label=f"{name} list")
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:g}×")
+    axes.xaxis.set_major_formatter(lambda speed, _: f"{speed:g}×" if speed >= 1 else f"1/{1 / speed:g}")
     axes.set_yticks(range(len(table)), table.index)
     axes.invert_yaxis()
     axes.set(xlabel="speed, over that of the original list's best", title="What other lists are worth")
