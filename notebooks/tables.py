@@ -32,7 +32,7 @@ def setting():
     """
     source = hashlib.sha256()
     for path in sorted((REPOSITORY / "omni_kernels").glob("*.py")):
-        source.update(re.sub(r"(?ms)^ *#[^\n]*\n|^\w*SPACES? = \{.*?\}$", "", path.read_text()).encode())
+        source.update(re.sub(r"(?ms)^ *#[^\n]*\n|^\w*SPACES? = \{.*?\}\n+", "", path.read_text()).encode())
     command = ["git", "-C", str(REPOSITORY), "rev-parse", "--short=12", "HEAD"]
     commit = os.environ.get("OMNI_COMMIT")  # for copies that have no history of their own
     if not commit:

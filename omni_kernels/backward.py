@@ -37,9 +37,9 @@ def _store_word(address, word):
 
 
 @triton.jit
-def _load_numbers(address, OFFSET: tl.constexpr):
-    """A tuple of the 4 fp32 numbers at address + OFFSET."""
-    words, numbers = load_words(address, OFFSET, 4), ()
+def _load_numbers(address):
+    """A tuple of 4 fp32 numbers."""
+    words, numbers = load_words(address, 4), ()
     for i in tl.static_range(4):
         numbers = numbers + (words[i].to(tl.float32, bitcast=True),)
     return numbers
@@ -123,7 +123,7 @@ def shared_kernel(
     grad, experts = tl.load(grad_ptrs, mask=mask, other=0.0), tl.load(indices_ptrs, mask=mask, other=0)
     zero = lane * 0
     for step in tl.static_range(SLOTS // 512):
-        store_words(buffer + lane * 16, step * 512, (zero, zero, zero, zero))
+        store_words(buffer + lane * 16 + step * 512, (zero, zero, zero, zero))
     for start in range(TILE_K, num_experts_per_token + TILE_K, TILE_K):
         sync_warp(lane)  # the slots before these have been added
         _store_word(place, grad.to(tl.float32).to(tl.int32, bitcast=True))
@@ -134,7 +134,7 @@ def shared_kernel(
         grad = tl.load(grad_ptrs + start.to(tl.int64) * stride_gk, mask=mask, other=0.0)  # while these are added
         experts = tl.load(indices_ptrs + start, mask=mask, other=0)
         for step in tl.static_range(0, TILE_K, 4):
-            offsets, values = load_words(own_offsets, step * 4, 4), _load_numbers(own_grad, step * 4)
+            offsets, values = load_words(own_offsets + step * 4, 4), _load_numbers(own_grad + step * 4)
             addresses, masks = (), ()
             for i in tl.static_range(4):
                 mine = lane < 2 * TILE_M
@@ -152,8 +152,8 @@ def shared_kernel(
     y_out = (grad_y_ptr + start).to(tl.int64) + lane * 4 * (DTYPE.primitive_bitwidth // 8)
     for first in tl.static_range(0, TILE_M * TILE_N, 128):
         mask = first + lane * 4 < end
-        _store_sums(x_out, first, _load_numbers(buffer + lane * 16, first * 4), mask, DTYPE)
-        _store_sums(y_out, first, _load_numbers(buffer + lane * 16, ROWS + first * 4), mask, DTYPE)
+        _store_sums(x_out, first, _load_numbers(buffer + lane * 16 + first * 4), mask, DTYPE)
+        _store_sums(y_out, first, _load_numbers(buffer + lane * 16 + (ROWS + first * 4)), mask, DTYPE)
 
 
 @triton.jit

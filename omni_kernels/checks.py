@@ -29,19 +29,19 @@ def check(x, y, k):
         raise ValueError(
             f"router_logits_x must have 1 to {MAX_EXPERT_SQRT} columns (num_expert_sqrt), got shape {tuple(x.shape)}"
         )
-    check_integer("num_experts_per_token", k)
+    _check_integer("num_experts_per_token", k)
     if not 0 <= k <= num_expert_sqrt**2:
         raise ValueError(f"num_experts_per_token must be from 0 to num_expert_sqrt² = {num_expert_sqrt**2}, got {k}")
 
 
 def check_expert_sqrt(num_expert_sqrt, x):
     """Raises unless it is the number of columns of x."""
-    check_integer("num_expert_sqrt", num_expert_sqrt)
+    _check_integer("num_expert_sqrt", num_expert_sqrt)
     if num_expert_sqrt != x.shape[1]:
         raise ValueError(f"num_expert_sqrt must be the logits' number of columns, {x.shape[1]}, got {num_expert_sqrt}")
 
 
-def check_integer(name, value):
+def _check_integer(name, value):
     """Raises unless a value is an integer, of Python's or symbolic."""
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")

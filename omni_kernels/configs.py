@@ -163,8 +163,9 @@ def get_configs(space, kernel_type):
 
     Args:
         space: "original" (the lists the original version is tuned over), "general", an architecture with lists of its
-            own ("cuda:sm80", "cuda:sm86", "cuda:sm89", "cuda:sm90"), or "factored".
-        kernel_type: "fwd", "fwd_split" or "bwd"; in the factored space "tile", "lanes" or "frontier".
+            own ("cuda:sm80", "cuda:sm86", "cuda:sm89", "cuda:sm90"), "cuda:sm90:measured" (what an H100 is fastest
+            with), or "factored".
+        kernel_type: "fwd", "fwd_split" or "bwd"; in the factored and the measured space "tile", "lanes" or "frontier".
 
     Returns:
         A list of triton.Config.

@@ -26,9 +26,9 @@ import triton.language as tl
 
 from .configs import compares_doubles, device_of, interpreting, on_nvidia
 from .keys import lowest, pack, pack_wide, unpack, unpack_wide
-from .networks import exchange, is_less, merge_best, sort
+from .networks import is_less, merge_best, sort
 from .pairs import fill_masked
-from .rows import keys_of_bytes, keys_of_strided, lowest_keys, row_alignment, skip_first
+from .rows import keys_of_columns, keys_of_strided, lowest_keys, row_alignment, skip_first
 from .words import (
     allocate_private,
     allocate_rows,
@@ -51,16 +51,6 @@ REGISTERS = 128  # of 32 bits, for the best keys of a row
 
 
 @triton.jit
-def _best(keys, FP64: tl.constexpr):
-    """The largest of a tuple."""
-    if len(keys) == 1:
-        return keys[0]
-    else:
-        HALF: tl.constexpr = len(keys) // 2
-        return exchange(_best(keys[:HALF], FP64), _best(keys[HALF:], FP64), True, FP64)[0]
-
-
-@triton.jit
 def _merge_lists(heads, target, shared_target, RANKS: tl.constexpr, STEP: tl.constexpr, KEY: tl.constexpr,
                  FP64: tl.constexpr, writes):  # fmt: skip
     """Write the RANKS best keys of sorted lists, to private and to shared memory.
@@ -74,7 +64,7 @@ def _merge_lists(heads, target, shared_target, RANKS: tl.constexpr, STEP: tl.con
         keys = keys + (load_private(heads[i], WIDE),)
     least = lowest(keys[0], FP64)
     for rank in tl.range(RANKS):
-        best = _best(keys, FP64)
+        best = sort(keys, 1, True, FP64)[0]
         store_private(target + rank * BYTES, best)
         store_shared(shared_target + rank * STEP, best, BYTES * 8, writes)
         taken, moves = heads[0], ()
@@ -100,30 +90,31 @@ def _sorted_piece(row_ptrs, stride_n, wanted, NUM_EXPERT_SQRT: tl.constexpr, PIE
     BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
     start = tl.minimum(wanted, NUM_EXPERT_SQRT - PIECE)
     if VECTOR > 0:
-        keys = ()
-        for offset in tl.static_range(0, PIECE * BYTES, VECTOR):
-            keys = keys + keys_of_bytes(
-                row_ptrs.to(tl.int64) + start * BYTES, offset, start + offset // BYTES, DTYPE, VECTOR, DTYPE, FP64
-            )  # fmt: skip
+        keys = keys_of_columns(row_ptrs.to(tl.int64) + start * BYTES, start, PIECE, DTYPE, VECTOR, DTYPE, FP64)
     else:
         keys = keys_of_strided(row_ptrs, stride_n, start, PIECE, DTYPE, True, FP64)
     if RAGGED:
         keys = skip_first(keys, wanted - start, FP64)
-    return sort(keys, True, FP64)
+    return sort(keys, PIECE, True, FP64)
+
+
+@triton.jit
+def _load_key(address, KEY: tl.constexpr):
+    """A key in shared memory."""
+    return load_shared(address, 64 if KEY == tl.float32 else 32)
 
 
 @triton.jit
 def _load(address, KEY: tl.constexpr, FP64: tl.constexpr):
     """The value and the index of a key in shared memory."""
-    return unpack(load_shared(address, 64 if KEY == tl.float32 else 32), KEY, FP64)
+    return unpack(_load_key(address, KEY), KEY, FP64)
 
 
 @triton.jit
 def _pair(fixed_list, moving_list, fixed, moving, odd, STEP: tl.constexpr, KEY: tl.constexpr, FP64: tl.constexpr):
     """The key of a pair. A rank is given as 255 - rank, as keys have it: that in x is `fixed`, or if odd `moving`."""
-    BITS: tl.constexpr = 64 if KEY == tl.float32 else 32
-    fixed_key = load_shared(fixed_list + (255 - fixed) * STEP, BITS)
-    moving_key = load_shared(moving_list + (255 - moving) * STEP, BITS)
+    fixed_key = _load_key(fixed_list + (255 - fixed) * STEP, KEY)
+    moving_key = _load_key(moving_list + (255 - moving) * STEP, KEY)
     row = unpack(tl.where(odd, moving_key, fixed_key), KEY, FP64)[1]
     low = ((0x7FFF - row) << 16) | tl.where(odd, (fixed << 8) | moving, (moving << 8) | fixed)
     return pack_wide(unpack(fixed_key, KEY, FP64)[0] + unpack(moving_key, KEY, FP64)[0], low, True, FP64)
@@ -163,9 +154,9 @@ def _take_by_rows(pairs, x_list, K: tl.constexpr, RANKS: tl.constexpr, STEP: tl.
         key = _pair(x_list, x_list + KEY_BYTES, 255 - rank, rank * 0 + 255, rank < 0, STEP, KEY, FP64)
         heads = heads + (tl.where(first + tl.arange(0, 32) < RANKS, key, lowest(key, FP64)),)
     for slot in tl.range(K):
-        best = _best(heads, FP64)
+        best = sort(heads, 1, True, FP64)[0]
         for i in tl.static_range(5):
-            best = exchange(best, partner(best, 1 << i, True), True, FP64)[0]
+            best = sort((best, partner(best, 1 << i, True)), 1, True, FP64)[0]
         popped = unpack_wide(best, FP64)[1]
         store_shared(pairs + slot * 2, popped, 16, tl.arange(0, 32) == 0)
         rank_x, rank_y = 255 - (popped & 255), 256 - ((popped >> 8) & 255)  # of the pair that follows in its row
@@ -238,7 +229,7 @@ def frontier_kernel(
             piece_keys = _sorted_piece(
                 row_ptrs, stride_n, wanted, NUM_EXPERT_SQRT, PIECE, VECTOR, NUM_EXPERT_SQRT % PIECE != 0, FP64
             )  # fmt: skip
-            top = merge_best(top, piece_keys[:RANKS], RANKS, True, FP64)
+            top = merge_best(top + piece_keys[:RANKS], RANKS, RANKS, True, FP64)
         for rank in tl.static_range(RANKS):
             store_shared(own_list + rank * STEP, top[rank], KEY_BYTES * 8, writes)
     else:
@@ -294,7 +285,7 @@ def frontier_kernel(
         heads = heads + (
             _pair(own_list, other_list, lane * 0 + (255 - a), tl.where(odd, 254 - a, 255 - a), odd, STEP, DTYPE, FP64),
         )  # fmt: skip
-    heads = sort(heads, True, FP64)
+    heads = sort(heads, SIDE, True, FP64)
     for slot in tl.range(K):
         rival = partner(heads[0], 1, True)
         wins = is_less(rival, heads[0], FP64)

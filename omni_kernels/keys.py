@@ -16,11 +16,17 @@ LOWEST_KEY = tl.constexpr(-(1 << 63))  # below every packed key: what padding so
 def float_to_key(value, NVIDIA: tl.constexpr = False):
     """fp32 -> int32 of the same order; -0.0 ties with 0.0, and NaN, whatever its sign, comes above +inf.
 
-    An NVIDIA addition turns every NaN into 0x7FFFFFFF, which is already the key it needs.
+    An NVIDIA addition turns every NaN into 0x7FFFFFFF, which is already the key it needs. There it is written in PTX,
+    since LLVM would gather the signs of many values bit by bit in a word.
     """
     bits = (value + 0.0).to(tl.int32, bitcast=True)
-    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return key if NVIDIA else tl.where(value == value, key, 0x7FFFFFFF)
+    if NVIDIA:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 sign; shr.s32 sign, $1, 31; and.b32 sign, sign, 0x7FFFFFFF; xor.b32 $0, $1, sign; }", "=r,r",
+            [bits], tl.int32, True, 1,
+        )  # fmt: skip
+    else:
+        return tl.where(value == value, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
 
 
 @triton.jit

@@ -156,7 +156,7 @@ def lanes_kernel(
             if TILES == 1:
                 best = more
             else:
-                best = merge(best, shift(more, column, FP64), OWN, NVIDIA, FP64, one)[:OWN]
+                best = merge(best + shift(more, column, FP64), OWN, OWN, NVIDIA, FP64, one)
         if LANES > 2:
             best = shift(best, first_column, FP64)
     else:
@@ -165,9 +165,8 @@ def lanes_kernel(
         )  # fmt: skip
     for level in tl.static_range(1, 5):
         if LANES > 1 << level:
-            best = merge_best(
-                best, partners(best, 1 << level, NVIDIA), min(RANKS, 2 * len(best)), NVIDIA, FP64, one
-            )  # fmt: skip
+            both = best + partners(best, 1 << level, NVIDIA)
+            best = merge_best(both, len(best), min(RANKS, len(both)), NVIDIA, FP64, one)
     # Each lane looks at one of the two ways they may meet; its NaN reaches the other lane with its values.
     first, last = unpack(best[0], DTYPE, FP64)[0], unpack(best[RANKS - 1], DTYPE, FP64)[0]
     widest = first + partner(last, 1, NVIDIA)

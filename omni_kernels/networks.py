@@ -1,57 +1,170 @@
 """Sorting networks over tuples of tensors: a tuple's n tensors hold n keys of every token, and no key leaves its lane.
 
 Where each thread owns a token, a compare-exchange is a handful of instructions on registers: no shuffle, no shared
-memory, no branch. Batcher's odd-even merge (Knuth, TAOCP 3, 5.3.4) takes any two lengths, and what a caller slices off
-the result, the compiler removes from the network: `merge(a, b)[:k]` pays for the k best alone.
+memory, no branch. A network is a list of comparators (i, j), which leave the larger of two keys on wire i and the
+smaller on wire j. Batcher's odd-even merge (Knuth, TAOCP 3, 5.3.4) takes any two lengths. What nobody asks for is left
+out: the k best of a merge cost less than all of it.
+
+For compilers a whole network is one operation, written in PTX. Of its minima and maxima one by one, Python would build
+the intermediate representation for seconds, and LLVM look for something to simplify for seconds more.
 """
 
 import triton
 import triton.language as tl
 
 
-@triton.jit
-def exchange(a, b, NVIDIA: tl.constexpr, FP64: tl.constexpr, one=None):
-    """The larger and the smaller of two int32 or int64 keys; with FP64, int64 keys are ordered as doubles.
+@triton.constexpr_function
+def _merge(a, b):
+    """A network that merges two descending lists of wires, and the list that it leaves."""
+    if not a or not b:
+        return [], a + b
+    if len(a) + len(b) == 2:
+        return [(a[0], b[0])], a + b
+    first, evens = _merge(a[0::2], b[0::2])
+    second, odds = _merge(a[1::2], b[1::2])
+    last = list(zip(evens[1:], odds, strict=False))
+    merged = [evens[0], *(wire for pair in last for wire in pair), *evens[len(last) + 1 :], *odds[len(last) :]]
+    return first + second + last, merged
 
-    64-bit keys are exchanged in PTX on NVIDIA GPUs: compilers would turn it into a minimum and a maximum, and compare
-    twice, unless they see halves. Doubles are compared by a unit of their own, while integers would wait for the one
-    that moves the halves.
 
-    Minima and maxima wait for each other, too. With `one`, int32 ones that the compiler does not know for ones, the
-    smaller of two int32 keys is what the larger leaves of their sum, modulo 2**32: two multiply-adds, which have a unit
-    of their own.
+@triton.constexpr_function
+def _sort(wires):
+    """A network that sorts a list of wires, and the list that it leaves."""
+    if len(wires) == 1:
+        return [], wires
+    first, a = _sort(wires[: len(wires) // 2])
+    second, b = _sort(wires[len(wires) // 2 :])
+    last, merged = _merge(a, b)
+    return first + second + last, merged
+
+
+@triton.constexpr_function
+def _bitonic(wires):
+    """A network for wires that rise and then fall, or start anywhere on such a circle; of a power of two."""
+    if len(wires) == 1:
+        return []
+    upper, lower = wires[: len(wires) // 2], wires[len(wires) // 2 :]
+    return [*zip(upper, lower, strict=True), *_bitonic(upper), *_bitonic(lower)]
+
+
+@triton.constexpr_function
+def _network(kind, count, first, k):
+    """The comparators that it takes to get the k best of `count` keys, and the wires where those are then.
+
+    Keys to merge, or to take the best of, are a list of the `first` ones and one of the rest.
     """
-    if NVIDIA and a.dtype == tl.int64:
-        return tl.inline_asm_elementwise(
-            f"""{{
-            .reg .pred p;
-            .reg .b32 al, ah, bl, bh, cl, ch, dl, dh;
-            mov.b64 {{al, ah}}, $2;
-            mov.b64 {{bl, bh}}, $3;
-            setp.lt.{"f64" if FP64 else "s64"} p, $2, $3;
-            selp.b32 cl, bl, al, p;
-            selp.b32 ch, bh, ah, p;
-            selp.b32 dl, al, bl, p;
-            selp.b32 dh, ah, bh, p;
-            mov.b64 $0, {{cl, ch}};
-            mov.b64 $1, {{dl, dh}};
-            }}""",
-            "=&l,=&l,l,l", [a, b], (tl.int64, tl.int64), True, 1,
-        )  # fmt: skip
-    elif one is not None:
-        larger = tl.maximum(a, b)
-        smaller = tl.inline_asm_elementwise(
-            """{
+    wires = list(range(count))
+    comparators, outputs = [], wires
+    if kind == "sort":
+        comparators, outputs = _sort(wires)
+    elif kind == "merge":
+        comparators, outputs = _merge(wires[:first], wires[first:])
+    elif kind == "bitonic":
+        comparators = _bitonic(wires)
+    elif kind == "best of":
+        comparators = list(zip(wires[2 * first - count : first], reversed(wires[first:]), strict=True))
+    elif kind == "settle":
+        comparators = [*zip(wires[0::2], wires[1::2], strict=False), *zip(wires[1::2], wires[2::2], strict=False)]
+    needed, wanted = [], set(outputs[:k])
+    for pair in comparators[::-1]:
+        if wanted.intersection(pair):
+            needed.append(pair)
+            wanted.update(pair)
+    return needed[::-1], outputs[:k]
+
+
+@triton.constexpr_function
+def _ptx(kind, count, first, k, key, added):
+    """A network in PTX, for keys that order as a PTX type says.
+
+    64-bit keys are exchanged by halves. Doubles are compared by a unit of their own, while integers would wait for the
+    one that moves the halves. Minima and maxima wait for each other, too: if added, with one more operand, int32 ones
+    that the compiler does not know for ones, the smaller of two keys is what the larger leaves of their sum, modulo
+    2**32: two multiply-adds, which have a unit of their own.
+    """
+    comparators, outputs = _network(kind, count, first, k)
+    keys, one = [f"${k + wire}" for wire in range(count)], f"${k + count}"
+    bits = key[1:]
+    lines = []
+    for i, j in comparators:
+        a, b = keys[i], keys[j]
+        larger, smaller = f"larger{len(lines)}", f"smaller{len(lines)}"
+        if bits == "64":
+            lines.append(f"""{{
+            .reg .pred less;
+            .reg .b32 a_low, a_high, b_low, b_high, low, high;
+            mov.b64 {{a_low, a_high}}, {a};
+            mov.b64 {{b_low, b_high}}, {b};
+            setp.lt.{key} less, {a}, {b};
+            selp.b32 low, b_low, a_low, less;
+            selp.b32 high, b_high, a_high, less;
+            mov.b64 {larger}, {{low, high}};
+            selp.b32 low, a_low, b_low, less;
+            selp.b32 high, a_high, b_high, less;
+            mov.b64 {smaller}, {{low, high}};
+            }}""")
+        elif added:
+            lines.append(f"""{{
             .reg .b32 sum;
-            mad.lo.s32 sum, $1, $4, $2;
-            mul.lo.s32 sum, sum, $4;
-            sub.s32 $0, sum, $3;
-            }""",
-            "=r,r,r,r,r", [a, b, larger, one], tl.int32, True, 1,
+            max.s32 {larger}, {a}, {b};
+            mad.lo.s32 sum, {a}, {one}, {b};
+            mul.lo.s32 sum, sum, {one};
+            sub.s32 {smaller}, sum, {larger};
+            }}""")
+        else:
+            lines.append(f"max.s32 {larger}, {a}, {b}; min.s32 {smaller}, {a}, {b};")
+        keys[i], keys[j] = larger, smaller
+    declared = f".reg .b{bits} larger<{len(lines) + 1}>, smaller<{len(lines) + 1}>;"
+    copied = [f"mov.b{bits} ${rank}, {keys[wire]};" for rank, wire in enumerate(outputs)]
+    return " ".join(["{", declared, *lines, *copied, "}"])
+
+
+@triton.constexpr_function
+def _comparisons(count, key):
+    """PTX that sets $0 to 1 where a key, from $1 on, is less than the next, in one instruction a pair.
+
+    LLVM would gather the answers bit by bit in a word.
+    """
+    pairs = (f"setp.lt.or.{key} less, ${i}, ${i + 1}, less;" for i in range(1, count))
+    return f"{{ .reg .pred less; setp.ne.s32 less, 0, 0; {' '.join(pairs)} selp.b32 $0, 1, 0, less; }}"
+
+
+@triton.constexpr_function
+def _key_type(dtype, fp64):
+    return "s32" if dtype == tl.int32 else "f64" if fp64 else "s64"
+
+
+@triton.constexpr_function
+def _registers(key, count, of=""):
+    """The constraints of `count` operands of a PTX type."""
+    return ",".join([of + ("r" if key == "s32" else "l")] * count)
+
+
+@triton.constexpr_function
+def _copies(value, count):
+    return (value,) * count
+
+
+@triton.jit
+def _run(keys, KIND: tl.constexpr, FIRST: tl.constexpr, K: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr, one):
+    """The K best keys of a tuple, as a network of that kind leaves them; all if there are no more."""
+    COUNT: tl.constexpr = len(keys)
+    RANKS: tl.constexpr = min(K, COUNT)
+    if NVIDIA:
+        KEY: tl.constexpr = _key_type(keys[0].dtype, FP64)
+        ADDED: tl.constexpr = one is not None and KEY == "s32"
+        return tl.inline_asm_elementwise(
+            _ptx(KIND, COUNT, FIRST, RANKS, KEY, ADDED),
+            _registers(KEY, RANKS, "=") + "," + _registers(KEY, COUNT + (1 if ADDED else 0)),
+            keys + (one,) if ADDED else keys, _copies(keys[0].dtype, RANKS), True, 1,
         )  # fmt: skip
-        return larger, smaller
     else:
-        return tl.maximum(a, b), tl.minimum(a, b)
+        comparators, outputs = _network(KIND, COUNT, FIRST, RANKS)
+        keys = list(keys)
+        for i, j in comparators:
+            larger, smaller = tl.maximum(keys[i], keys[j]), tl.minimum(keys[i], keys[j])
+            keys[i], keys[j] = larger, smaller
+        return tuple([keys[wire] for wire in outputs])
 
 
 @triton.jit
@@ -64,79 +177,55 @@ def is_less(a, b, FP64: tl.constexpr):
 
 
 @triton.jit
-def merge(a, b, LENGTH: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr, one=None):
-    """Merge two descending tuples into one.
-
-    LENGTH is len(a): Triton 3.6 names a specialized function after the elements of its tuples but not after where one
-    tuple ends, and would take two and two keys for three and one.
-    """
-    if len(a) == 0:
-        return b
-    elif len(b) == 0:
-        return a
-    elif len(a) + len(b) == 2:
-        return exchange(a[0], b[0], NVIDIA, FP64, one)
+def is_turned(keys, NVIDIA: tl.constexpr, FP64: tl.constexpr):
+    """1 where a key of a tuple comes after the one behind it, else 0."""
+    if NVIDIA:
+        KEY: tl.constexpr = _key_type(keys[0].dtype, FP64)
+        return tl.inline_asm_elementwise(
+            _comparisons(len(keys), KEY), "=r," + _registers(KEY, len(keys)), keys, tl.int32, True, 1
+        )
     else:
-        evens = merge(a[0::2], b[0::2], len(a[0::2]), NVIDIA, FP64, one)
-        odds = merge(a[1::2], b[1::2], len(a[1::2]), NVIDIA, FP64, one)
-        merged = evens[:1]
-        for i in tl.static_range(len(odds)):
-            if i + 1 < len(evens):
-                merged = merged + exchange(evens[i + 1], odds[i], NVIDIA, FP64, one)
-            else:
-                merged = merged + odds[i:]
-        return merged + evens[len(odds) + 1 :]
+        turned = tl.zeros_like(keys[0]).to(tl.int32)
+        for i in tl.static_range(1, len(keys)):
+            turned = turned | is_less(keys[i - 1], keys[i], FP64).to(tl.int32)
+        return turned
 
 
 @triton.jit
-def sort(keys, NVIDIA: tl.constexpr, FP64: tl.constexpr, one=None):
-    """Sort a tuple, descending."""
-    HALF: tl.constexpr = len(keys) // 2
-    if HALF == 0:
-        return keys
-    else:
-        first, second = sort(keys[:HALF], NVIDIA, FP64, one), sort(keys[HALF:], NVIDIA, FP64, one)
-        return merge(first, second, HALF, NVIDIA, FP64, one)
+def sort(keys, K: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr, one=None):
+    """The K best of a tuple, descending."""
+    return _run(keys, "sort", 0, K, NVIDIA, FP64, one)
 
 
 @triton.jit
-def best_of(a, b, NVIDIA: tl.constexpr, FP64: tl.constexpr, one=None):
-    """The len(a) best of two descending tuples, len(b) <= len(a), in no order: the first step of a bitonic merge."""
-    kept = a[: len(a) - len(b)]
-    for i in tl.static_range(len(b)):
-        kept = kept + (exchange(a[len(a) - len(b) + i], b[len(b) - 1 - i], NVIDIA, FP64, one)[0],)
-    return kept
+def merge(keys, FIRST: tl.constexpr, K: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr, one=None):
+    """The K best of two descending tuples, one of FIRST keys and what is behind it, descending."""
+    return _run(keys, "merge", FIRST, K, NVIDIA, FP64, one)
+
+
+@triton.jit
+def best_of(keys, FIRST: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr, one=None):
+    """The FIRST best of two descending tuples, one of FIRST keys and one of no more behind it, in no order but ready
+    for `bitonic`."""
+    return _run(keys, "best of", FIRST, FIRST, NVIDIA, FP64, one)
 
 
 @triton.jit
 def bitonic(keys, NVIDIA: tl.constexpr, FP64: tl.constexpr, one=None):
     """Sort, descending, a tuple that rises and then falls, or starts anywhere on such a circle; of a power of two."""
-    HALF: tl.constexpr = len(keys) // 2
-    if HALF == 0:
-        return keys
-    else:
-        upper, lower = (), ()
-        for i in tl.static_range(HALF):
-            larger, smaller = exchange(keys[i], keys[i + HALF], NVIDIA, FP64, one)
-            upper, lower = upper + (larger,), lower + (smaller,)
-        return bitonic(upper, NVIDIA, FP64, one) + bitonic(lower, NVIDIA, FP64, one)
+    return _run(keys, "bitonic", 0, len(keys), NVIDIA, FP64, one)
 
 
 @triton.jit
-def merge_best(a, b, K: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr, one=None):
-    """The K best of two descending tuples, descending, K at most len(a), and len(b) no more."""
-    if K == len(a) and K & (K - 1) == 0:
-        return bitonic(best_of(a, b, NVIDIA, FP64, one), NVIDIA, FP64, one)
+def merge_best(keys, FIRST: tl.constexpr, K: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr, one=None):
+    """As `merge`, of tuples of which the one behind is no longer; of K comparators a step where K allows."""
+    if K == FIRST and K & (K - 1) == 0:
+        return bitonic(best_of(keys, FIRST, NVIDIA, FP64, one), NVIDIA, FP64, one)
     else:
-        return merge(a, b, len(a), NVIDIA, FP64, one)[:K]
+        return merge(keys, FIRST, K, NVIDIA, FP64, one)
 
 
 @triton.jit
 def settle(keys, NVIDIA: tl.constexpr, FP64: tl.constexpr):
     """Two steps of an odd-even transposition sort."""
-    for first in tl.static_range(2):
-        settled = keys[:first]
-        for i in tl.static_range(first, len(keys) - 1, 2):
-            settled = settled + exchange(keys[i], keys[i + 1], NVIDIA, FP64)
-        keys = settled + keys[len(settled) :]
-    return keys
+    return _run(keys, "settle", 0, len(keys), NVIDIA, FP64, None)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .keys import bit_length, float_to_key, lowest, pack_wide, unpack, unpack_wide
-from .networks import best_of, bitonic, is_less, merge, settle
+from .networks import best_of, bitonic, is_less, is_turned, merge, settle
 from .words import load_shared, load_value, partners, store_row
 
 
@@ -55,17 +55,17 @@ def _half_staircase(values, ids, other_values, other_ids, odd, RANKS: tl.constex
         lost = (infinite | (lost & ((1 << ID_BITS) - 1) != 0)).to(tl.int32)
     else:
         # Rounding may turn neighbours in an odd lane's row around, hardly ever.
-        turned = odd & False
+        turned = tl.zeros_like(ids[0])
         for a in tl.static_range(SIDE):
-            for i in tl.static_range(first_pair(a, K, RANKS) + 1, first_pair(a + 1, K, RANKS)):
-                turned = turned | is_less(keys[i - 1], keys[i], FP64)
-        for _ in tl.range(tl.max(turned.to(tl.int32), 0) * (RANKS // 2 + 1)):
+            row = keys[first_pair(a, K, RANKS) : first_pair(a + 1, K, RANKS)]
+            turned = turned | is_turned(row, NVIDIA, FP64)
+        for _ in tl.range(tl.max(turned, 0) * (RANKS // 2 + 1)):
             keys = _settle_rows(keys, RANKS, K, SIDE, NVIDIA, FP64)
 
     best = ()
     for a in tl.static_range(SIDE):
         row = keys[first_pair(SIDE - 1 - a, K, RANKS) : first_pair(SIDE - a, K, RANKS)]
-        best = merge(row, best, len(row), NVIDIA, FP64, one)[:K]
+        best = merge(row + best, len(row), K, NVIDIA, FP64, one)
     return best, lost
 
 
@@ -109,14 +109,14 @@ def select_pairs(best, poison, odd, columns, NUM_EXPERT_SQRT: tl.constexpr, RANK
     )  # fmt: skip
     other_half = partners(half, 1, NVIDIA)
     if SPLIT:  # a bitonic merge, of which the even lane finishes the better half and the odd lane the other
-        kept = best_of(half, other_half, NVIDIA, FP64, one)
+        kept = best_of(half + other_half, len(half), NVIDIA, FP64, one)
         pairs = ()
         for slot in tl.static_range(K // 2):
             chosen = is_less(kept[slot], kept[slot + K // 2], FP64) ^ odd
             pairs = pairs + (tl.where(chosen, kept[slot + K // 2], kept[slot]),)
         pairs = bitonic(pairs, NVIDIA, FP64, one)
     else:
-        pairs = merge(half, other_half, len(half), NVIDIA, FP64, one)[:K]
+        pairs = merge(half + other_half, len(half), K, NVIDIA, FP64, one)
 
     scores, indices = (), ()
     for slot in tl.static_range(len(pairs)):

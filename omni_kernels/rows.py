@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .keys import bit_length, index_bits, lowest, pack, unpack
-from .networks import best_of, is_less, merge, settle, sort
+from .networks import best_of, is_turned, merge, settle, sort
 from .words import (
     hide,
     load_value,
@@ -56,7 +56,7 @@ def _keys_of_maxima(row, first_chunk, DTYPE: tl.constexpr, CHUNKS: tl.constexpr,
     PER_WORD: tl.constexpr = 32 // DTYPE.primitive_bitwidth
     maxima = ()  # one of each chunk: a value, or a word of two halves that are still to be compared
     for start in tl.static_range(0, CHUNKS * CHUNK * 4 // PER_WORD, VECTOR):
-        words = load_words(row, start, VECTOR // 4)
+        words = load_words(row + start, VECTOR // 4)
         for first in tl.static_range(0, len(words), CHUNK // PER_WORD):
             if PER_WORD == 2:
                 word = words[first]
@@ -115,19 +115,23 @@ def _keys_of_word(word, reversed_columns, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def keys_of_bytes(row, OFFSET: tl.constexpr, column, DTYPE: tl.constexpr, BYTES: tl.constexpr, KEY: tl.constexpr,
-                 FP64: tl.constexpr):  # fmt: skip
-    """The keys of BYTES (4, 8 or 16) of logits, the first of which is in `column`."""
-    words = load_words(row, OFFSET, BYTES // 4)
+def keys_of_columns(row, column, COUNT: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr, KEY: tl.constexpr,
+                    FP64: tl.constexpr):  # fmt: skip
+    """The keys of COUNT logits at an address, the first of which is in `column`, read VECTOR bytes at once."""
+    PER_WORD: tl.constexpr = 32 // DTYPE.primitive_bitwidth
+    words = ()
+    for start in tl.static_range(0, COUNT * 4 // PER_WORD, VECTOR):
+        words = words + load_words(row + start, VECTOR // 4)
     keys = ()
-    if DTYPE.primitive_bitwidth == 16:
+    if PER_WORD == 2:
         reversed_columns = _reversed_columns(row, column)
         for i in tl.static_range(len(words)):
             keys = keys + _keys_of_word(words[i], reversed_columns - 0x20002 * i, DTYPE)
     else:
+        values = ()
         for i in tl.static_range(len(words)):
-            values = unpack_word(words[i], DTYPE)
-            keys = keys + _keys(values, column + i * len(values), KEY, True, FP64)
+            values = values + unpack_word(words[i], DTYPE)
+        keys = _keys(values, column, KEY, True, FP64)
     return keys
 
 
@@ -185,8 +189,8 @@ def best_of_groups(keys, K: tl.constexpr, GROUP: tl.constexpr, NVIDIA: tl.conste
     """The K best of a tuple, descending, GROUP at a time."""
     best = ()
     for start in tl.static_range(0, len(keys), GROUP):
-        group = sort(keys[start : start + GROUP], NVIDIA, FP64, one)
-        best = merge(best, group, len(best), NVIDIA, FP64, one)[:K]
+        group = sort(keys[start : start + GROUP], K, NVIDIA, FP64, one)
+        best = merge(best + group, len(best), K, NVIDIA, FP64, one)
     return best
 
 
@@ -199,28 +203,29 @@ def candidates_of_tile(row, skip, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K: 
     Also, where keys hold only the upper bits of values, whether these leave in doubt which chunks are the best.
     """
     BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
-    keys, doubt = (), tl.zeros_like(skip)
+    none = tl.zeros_like(skip)
+    keys, doubt = (), none
     if CHUNK == 1:
-        for start in tl.static_range(0, TILE_N * BYTES, VECTOR):
-            keys = keys + keys_of_bytes(row, start, start // BYTES, DTYPE, VECTOR, KEY, FP64)
+        keys = keys_of_columns(row, none, TILE_N, DTYPE, VECTOR, KEY, FP64)
         if RAGGED:
             keys = skip_first(keys, skip, FP64)
     else:
         HALVED: tl.constexpr = DTYPE == tl.float32 and KEY != tl.float32
         CHUNK_KEY: tl.constexpr = bit_length(TILE_N // CHUNK - 1) if HALVED else DTYPE
-        maxima = _keys_of_maxima(row, 0, DTYPE, TILE_N // CHUNK, CHUNK, VECTOR, CHUNK_KEY, FP64)
+        maxima = _keys_of_maxima(row, none, DTYPE, TILE_N // CHUNK, CHUNK, VECTOR, CHUNK_KEY, FP64)
         if HALVED:
             chunks = best_of_groups(maxima, K + 1, GROUP, True, FP64, one)
             doubt = ((chunks[K - 1] ^ chunks[K]) >> CHUNK_KEY == 0).to(tl.int32)
             chunks = chunks[:K]
         else:  # their order does not matter
             LAST: tl.constexpr = (len(maxima) - 1) // GROUP * GROUP
-            chunks = sort(maxima[LAST:], True, FP64, one)[:K]
+            chunks = sort(maxima[LAST:], K, True, FP64, one)
             if LAST > 0:
-                chunks = best_of(best_of_groups(maxima[:LAST], K, GROUP, True, FP64, one), chunks, True, FP64, one)
+                first_chunks = best_of_groups(maxima[:LAST], K, GROUP, True, FP64, one)
+                chunks = best_of(first_chunks + chunks, len(first_chunks), True, FP64, one)
         for i in tl.static_range(len(chunks)):
             start = unpack(chunks[i], CHUNK_KEY, FP64)[1] * CHUNK
-            keys = keys + keys_of_bytes(row + start * BYTES, 0, start, DTYPE, CHUNK * BYTES, KEY, FP64)
+            keys = keys + keys_of_columns(row + start * BYTES, start, CHUNK, DTYPE, CHUNK * BYTES, KEY, FP64)
     return keys, doubt
 
 
@@ -245,7 +250,8 @@ def best_in_loops(row, buffer, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K: tl.
         if TRANSPOSED:
             turn_columns(buffer, first * CHUNK, GROUP * CHUNK, BYTES, PITCH)
         maxima = _keys_of_maxima(row + first * (CHUNK * BYTES), first, DTYPE, GROUP, CHUNK, VECTOR, CHUNK_KEY, FP64)
-        chunks = merge(chunks, sort(maxima, True, FP64, one), len(chunks), True, FP64, one)[: len(chunks)]
+        more = sort(maxima, len(chunks), True, FP64, one)
+        chunks = merge(chunks + more, len(chunks), len(chunks), True, FP64, one)
     doubt = ((chunks[K - 1] ^ chunks[CHUNKS]) >> CHUNK_KEY == 0).to(tl.int32) if HALVED else none
 
     for i in tl.static_range(0, CHUNKS, 4):  # no loop can count through registers: their numbers go behind the tile
@@ -257,11 +263,11 @@ def best_in_loops(row, buffer, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K: tl.
     for at in tl.range(0, CHUNKS, GROUP // CHUNK):
         keys = ()
         for i in tl.static_range(0, GROUP // CHUNK, 4):
-            numbers = ~load_words(row + hide(none + at), TILE_N * BYTES + i, 1)[0]
+            numbers = ~load_words(row + hide(none + at) + (TILE_N * BYTES + i), 1)[0]
             for byte in tl.static_range(4):
                 start = ((numbers >> (8 * byte)) & ((1 << min(index_bits(CHUNK_KEY), 8)) - 1)) * CHUNK
-                keys = keys + keys_of_bytes(row + start * BYTES, 0, start, DTYPE, CHUNK * BYTES, KEY, FP64)
-        best = merge(best, sort(keys, True, FP64, one), LISTED, True, FP64, one)[:LISTED]
+                keys = keys + keys_of_columns(row + start * BYTES, start, CHUNK, DTYPE, CHUNK * BYTES, KEY, FP64)
+        best = merge(best + sort(keys, LISTED, True, FP64, one), LISTED, LISTED, True, FP64, one)
     return best, doubt
 
 
@@ -291,19 +297,16 @@ def exact_keys(best, row, doubt, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K: t
     exact = ()
     for rank in tl.static_range(min(K + 1, len(best))):
         column = unpack(best[rank], KEY)[1]
-        value = load_words(row + (column * 4).to(row.dtype), 0, 1)[0].to(tl.float32, bitcast=True)
+        value = load_words(row + (column * 4).to(row.dtype), 1)[0].to(tl.float32, bitcast=True)
         exact = exact + _keys((value,), column, tl.float32, True, FP64)
     for again in tl.static_range(2):  # neighbours seldom change places, and hardly ever more than two of them
-        turned = doubt != doubt
-        for rank in tl.static_range(1, len(exact)):
-            turned = turned | is_less(exact[rank - 1], exact[rank], FP64)
-        for _ in tl.range(tl.max(turned.to(tl.int32), 0) * (K // 2 + 1 if again else 1)):
+        for _ in tl.range(tl.max(is_turned(exact, True, FP64), 0) * (K // 2 + 1 if again else 1)):
             exact = settle(exact, True, FP64)
     exact = exact[:K]
 
     lower = tl.zeros_like(doubt)
     for start in tl.range(0, tl.max(doubt, 0) * TILE_N * 4, VECTOR):
-        words = load_words(row + start, 0, VECTOR // 4)
+        words = load_words(row + start, VECTOR // 4)
         for i in tl.static_range(len(words)):
             lower = lower | words[i]
     doubt = ((doubt != 0) & (lower & ((1 << KEY) - 1) != 0)).to(tl.int32)
@@ -319,10 +322,8 @@ def _sorted_top(row, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K: tl.constexpr,
     best = lowest_keys(tl.zeros_like(row).to(tl.int64), K, FP64)
     for group in tl.range(TILE_N // GROUP):
         start = hide(tl.zeros_like(row).to(tl.int32) + group * GROUP)
-        keys = ()
-        for offset in tl.static_range(0, GROUP * 4, VECTOR):
-            keys = keys + keys_of_bytes(row + start * 4, offset, start + offset // 4, DTYPE, VECTOR, tl.float32, FP64)
-        best = merge(best, sort(keys, True, FP64), K, True, FP64)[:K]
+        keys = keys_of_columns(row + start * 4, start, GROUP, DTYPE, VECTOR, tl.float32, FP64)
+        best = merge(best + sort(keys, K, True, FP64), K, K, True, FP64)
     return best
 
 
@@ -333,26 +334,26 @@ def top_of_strided_segment(row_ptrs, stride_n, first_column, skip, SEGMENT: tl.c
     """The keys (value, column) of the K best columns of a segment, descending."""
     FIRST: tl.constexpr = min(GROUP, SEGMENT)
     TAIL: tl.constexpr = (SEGMENT - FIRST) % GROUP
-    best = _sorted_group(row_ptrs, stride_n, first_column, 0, skip, FIRST, KEY, RAGGED, NVIDIA, FP64)[:K]
+    best = _sorted_group(row_ptrs, stride_n, first_column, 0, skip, FIRST, K, KEY, RAGGED, NVIDIA, FP64)
     for start in tl.range(GROUP, SEGMENT - TAIL, GROUP):
-        more = _sorted_group(row_ptrs, stride_n, first_column, start, skip, GROUP, KEY, RAGGED, NVIDIA, FP64)
-        best = merge(best, more, K, NVIDIA, FP64)[:K]
+        more = _sorted_group(row_ptrs, stride_n, first_column, start, skip, GROUP, K, KEY, RAGGED, NVIDIA, FP64)
+        best = merge(best + more, K, K, NVIDIA, FP64)
     if TAIL > 0:
         tail = _sorted_group(
-            row_ptrs, stride_n, first_column, SEGMENT - TAIL, skip, TAIL, KEY, RAGGED, NVIDIA, FP64
+            row_ptrs, stride_n, first_column, SEGMENT - TAIL, skip, TAIL, K, KEY, RAGGED, NVIDIA, FP64
         )  # fmt: skip
-        best = merge(best, tail, K, NVIDIA, FP64)[:K]
+        best = merge(best + tail, K, K, NVIDIA, FP64)
     return best
 
 
 @triton.jit
-def _sorted_group(row_ptrs, stride_n, first_column, start, skip, COUNT: tl.constexpr, KEY: tl.constexpr,
-                  RAGGED: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
-    """The sorted keys of COUNT columns of a segment from `start` on."""
+def _sorted_group(row_ptrs, stride_n, first_column, start, skip, COUNT: tl.constexpr, K: tl.constexpr,
+                  KEY: tl.constexpr, RAGGED: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
+    """The keys of the K best of COUNT columns of a segment from `start` on, descending."""
     keys = keys_of_strided(row_ptrs, stride_n, first_column + start, COUNT, KEY, NVIDIA, FP64)
     if RAGGED:
         keys = skip_first(keys, skip - start, FP64)
-    return sort(keys, NVIDIA, FP64)
+    return sort(keys, K, NVIDIA, FP64)
 
 
 def row_alignment(x, y):

@@ -54,11 +54,17 @@ def copy_rows(buffer, address, wanted, TILE_BYTES: tl.constexpr, VECTOR: tl.cons
     sync_warp(lane)
     for part in tl.static_range(PARTS):
         for step in tl.static_range(PER_ROW):
-            vector = step * 32 + lane
-            owner, offset = vector // PER_ROW, (part * PER_ROW + vector % PER_ROW) * VECTOR
-            source = _of_lane(address, owner) + offset.to(tl.int64)
-            _copy_vector(rows + owner * PITCH + offset, source, wanted, policy, VECTOR)
+            _copy_of_row(rows, address, step * 32 + lane, part * PER_ROW, wanted, policy, PER_ROW, VECTOR, PITCH)
         _commit(lane)
+
+
+@triton.jit
+def _copy_of_row(rows, address, vector, first, wanted, policy, PER_ROW: tl.constexpr, VECTOR: tl.constexpr,
+                 PITCH: tl.constexpr):  # fmt: skip
+    """Start copying one of the vectors from `first` on, of which each of the warp's rows has PER_ROW."""
+    owner, offset = vector // PER_ROW, (first + vector % PER_ROW) * VECTOR
+    source = _of_lane(address, owner) + offset.to(tl.int64)
+    _copy_vector(rows + owner * PITCH + offset, source, wanted, policy, VECTOR)
 
 
 @triton.jit
@@ -182,7 +188,7 @@ def turn_columns(buffer, first, COLUMNS: tl.constexpr, BYTES: tl.constexpr, PITC
                 vector = (i * 2 + factor) * VECTORS + tokens
                 row = (square + more) * (THREADS // 8) + vector // 8
                 place = buffer + first * BYTES + row * PITCH + (vector ^ (square + more)) % 8 * 16
-                columns = columns + (load_words(place, start, 4),)
+                columns = columns + (load_words(place + start, 4),)
         sync_program(thread)
         for more in tl.static_range(0, 8, SIDE):
             for word in tl.static_range(4):
@@ -191,29 +197,29 @@ def turn_columns(buffer, first, COLUMNS: tl.constexpr, BYTES: tl.constexpr, PITC
                     row = ()
                     for i in tl.static_range(SIDE):
                         row = row + (columns[more + i][word],)
-                    store_words(target, 0, row)
+                    store_words(target, row)
                 else:
                     even, odd = (), ()
                     for i in tl.static_range(0, SIDE, 2):
                         low, high = transpose_halves(columns[more + i][word], columns[more + i + 1][word])
                         even, odd = even + (low,), odd + (high,)
-                    store_words(target, 0, even)
-                    store_words(target, 2 * PITCH, odd)
+                    store_words(target, even)
+                    store_words(target + 2 * PITCH, odd)
     sync_warp(thread)
 
 
 @triton.jit
-def store_words(address, OFFSET: tl.constexpr, words):
-    """Four 32-bit words to shared memory, at address + OFFSET."""
+def store_words(address, words):
+    """Four 32-bit words to shared memory."""
     tl.inline_asm_elementwise(
-        f"st.shared.v4.b32 [$1+{OFFSET}], {{$2, $3, $4, $5}}; mov.u32 $0, 0;", "=r,r,r,r,r,r",
+        "st.shared.v4.b32 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0;", "=r,r,r,r,r,r",
         [address, words[0], words[1], words[2], words[3]], tl.int32, False, 1,
     )  # fmt: skip
 
 
 @triton.jit
-def load_words(address, OFFSET: tl.constexpr, WORDS: tl.constexpr):
-    """A tuple of the WORDS (1, 2 or 4) 32-bit words at address + OFFSET, in one instruction.
+def load_words(address, WORDS: tl.constexpr):
+    """A tuple of the WORDS (1, 2 or 4) 32-bit words at an address, in one instruction.
 
     address: int32, in shared memory, or int64, in global memory.
     """
@@ -221,19 +227,15 @@ def load_words(address, OFFSET: tl.constexpr, WORDS: tl.constexpr):
     FROM: tl.constexpr = "r" if address.dtype == tl.int32 else "l"
     if WORDS == 4:
         return tl.inline_asm_elementwise(
-            f"ld.{SPACE}.v4.b32 {{$0, $1, $2, $3}}, [$4+{OFFSET}];", f"=r,=r,=r,=r,{FROM}", [address],
+            f"ld.{SPACE}.v4.b32 {{$0, $1, $2, $3}}, [$4];", f"=r,=r,=r,=r,{FROM}", [address],
             (tl.int32, tl.int32, tl.int32, tl.int32), False, 1,
         )  # fmt: skip
     elif WORDS == 2:
         return tl.inline_asm_elementwise(
-            f"ld.{SPACE}.v2.b32 {{$0, $1}}, [$2+{OFFSET}];", f"=r,=r,{FROM}", [address], (tl.int32, tl.int32), False, 1
+            f"ld.{SPACE}.v2.b32 {{$0, $1}}, [$2];", f"=r,=r,{FROM}", [address], (tl.int32, tl.int32), False, 1
         )
     else:
-        return (
-            tl.inline_asm_elementwise(
-                f"ld.{SPACE}.b32 $0, [$1+{OFFSET}];", f"=r,{FROM}", [address], tl.int32, False, 1
-            ),
-        )
+        return (tl.inline_asm_elementwise(f"ld.{SPACE}.b32 $0, [$1];", f"=r,{FROM}", [address], tl.int32, False, 1),)
 
 
 @triton.jit
@@ -348,7 +350,7 @@ def store_row(ptrs, values, mask, NVIDIA: tl.constexpr):
 
 @triton.jit
 def load_shared(address, BITS: tl.constexpr):
-    """A number of 8, 16, 32 or 64 bits from shared memory: an int64, or an int32 with zeros above."""
+    """A number of 16, 32 or 64 bits from shared memory: an int64, or an int32 with zeros above."""
     CLASS: tl.constexpr = "l" if BITS == 64 else "r"
     return tl.inline_asm_elementwise(
         f"ld.shared.u{BITS} $0, [$1];", f"={CLASS},r", [address], tl.int64 if BITS == 64 else tl.int32, False, 1
@@ -357,7 +359,7 @@ def load_shared(address, BITS: tl.constexpr):
 
 @triton.jit
 def store_shared(address, value, BITS: tl.constexpr, mask):
-    """The low BITS (8, 16, 32 or 64) bits of an int32 or int64, to shared memory."""
+    """The low BITS (16, 32 or 64) bits of an int32 or int64, to shared memory."""
     CLASS: tl.constexpr = "l" if BITS == 64 else "r"
     tl.inline_asm_elementwise(
         f"{{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.shared.b{BITS} [$1], $2; mov.u32 $0, 0; }}",
