@@ -148,6 +148,7 @@ def _copies(value, count):
 @triton.jit
 def _run(keys, KIND: tl.constexpr, FIRST: tl.constexpr, K: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr, one):
     """The K best keys of a tuple, as a network of that kind leaves them; all if there are no more."""
+    # `one` is None or the operand of ones, where the smaller keys come from a sum.
     COUNT: tl.constexpr = len(keys)
     RANKS: tl.constexpr = min(K, COUNT)
     if NVIDIA:
