@@ -24,7 +24,7 @@ CALLS = [
                                       speed.FP32, speed.FP32._replace(k=32))),
     # Those that compile longest.
     *((speed.OMNI, speed.Case(16, *case)) for case in ((1024, 31, "fp32"), (512, 32, "fp32"), (1000, 31, "fp16"),
-                                                       (300, 127, "fp16"), (300, 127, "fp32"))),
+                                                       (300, 127, "fp16"), (300, 127, "fp32"), (46340, 64, "fp32"))),
     *((name, speed.Case(1024, num_expert_sqrt, 16, "bf16")) for num_expert_sqrt in (64, 256)
       for name in (speed.OPTIMIZED, speed.ORIGINAL, speed.PUBLIC)),
 ]  # fmt: skip

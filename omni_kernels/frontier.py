@@ -42,8 +42,7 @@ from .words import (
     sync_warp,
 )
 
-MAX_EXPERTS_PER_TOKEN = 256  # ranks take 8 bits of a pair's key
-MAX_EXPERT_SQRT = 1 << 15  # and rows what is left of 31
+MAX_EXPERTS_PER_TOKEN = 256  # ranks take 8 bits of a pair's key; rows, of which there may be 46340, 16
 SHARED_BYTES = 48 << 10  # what a program may declare
 PIECE = 64  # columns sorted at once, in registers
 PIECES = 4  # pieces merged at once, in memory
@@ -116,7 +115,7 @@ def _pair(fixed_list, moving_list, fixed, moving, odd, STEP: tl.constexpr, KEY: 
     fixed_key = _load_key(fixed_list + (255 - fixed) * STEP, KEY)
     moving_key = _load_key(moving_list + (255 - moving) * STEP, KEY)
     row = unpack(tl.where(odd, moving_key, fixed_key), KEY, FP64)[1]
-    low = ((0x7FFF - row) << 16) | tl.where(odd, (fixed << 8) | moving, (moving << 8) | fixed)
+    low = ((0xFFFF - row) << 16) | tl.where(odd, (fixed << 8) | moving, (moving << 8) | fixed)
     return pack_wide(unpack(fixed_key, KEY, FP64)[0] + unpack(moving_key, KEY, FP64)[0], low, True, FP64)
 
 
@@ -335,7 +334,7 @@ def frontier_forward(router_logits_x, router_logits_y, num_experts_per_token, sc
 
     Args:
         router_logits_x, router_logits_y: (num_tokens, N), fp32, fp16 or bf16, on an NVIDIA GPU from Ampere on, any
-            strides, at least one token, N at most MAX_EXPERT_SQRT.
+            strides, at least one token.
         num_experts_per_token: k, from 1 to MAX_EXPERTS_PER_TOKEN.
         scores_dtype: fp32, fp16 or bf16.
 
@@ -372,7 +371,6 @@ def kernel_constants(num_expert_sqrt, k, dtype, alignment, fp64):
     }  # fmt: skip
 
 
-def runs_on(device, num_expert_sqrt, num_experts_per_token):
+def runs_on(device, _num_expert_sqrt, num_experts_per_token):
     """Whether this kernel takes the size, and the device: NVIDIA GPUs from Ampere on."""
-    fits = num_experts_per_token <= MAX_EXPERTS_PER_TOKEN and num_expert_sqrt <= MAX_EXPERT_SQRT
-    return fits and not interpreting() and on_nvidia(device)
+    return num_experts_per_token <= MAX_EXPERTS_PER_TOKEN and not interpreting() and on_nvidia(device)

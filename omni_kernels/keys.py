@@ -84,7 +84,7 @@ def unpack(key, KEY: tl.constexpr = tl.float32, FP64: tl.constexpr = False):
 
 @triton.jit
 def pack_wide(value, low, NVIDIA: tl.constexpr, FP64: tl.constexpr):
-    """An fp32 value above 31 bits that order equals, as one int64 key.
+    """An fp32 value above 32 bits, without a sign, that order equals, as one int64 key.
 
     With FP64 the keys order as doubles: the value's pattern is a double's high word, which orders by sign and magnitude
     as fp32 does, so negative keys turn the low word around, and NaN becomes one that is a number as a double.
@@ -94,7 +94,7 @@ def pack_wide(value, low, NVIDIA: tl.constexpr, FP64: tl.constexpr):
         low = low ^ (bits >> 31)
         return (bits.to(tl.int64) << 32) | low.to(tl.uint32, bitcast=True).to(tl.int64)
     else:
-        return (float_to_key(value, NVIDIA).to(tl.int64) << 32) | low
+        return (float_to_key(value, NVIDIA).to(tl.int64) << 32) | low.to(tl.uint32, bitcast=True).to(tl.int64)
 
 
 @triton.jit

@@ -27,8 +27,8 @@ def omni_router(router_logits_x, router_logits_y, num_experts_per_token, scores_
     Args:
         router_logits_x: (num_tokens, N), fp32, fp16 or bf16, any strides, on a GPU or the CPU; N from 1 to 46340.
         router_logits_y: the same shape, dtype and device.
-        num_experts_per_token: k, from 0 to N². Kernels route up to 256 on NVIDIA GPUs (from Ampere on, for N up to
-            32768) and up to 64 elsewhere, PyTorch what is beyond.
+        num_experts_per_token: k, from 0 to N². Kernels route up to 256 on NVIDIA GPUs (from Ampere on) and up to
+            64 elsewhere, PyTorch what is beyond.
         scores_dtype: of the scores, fp32, fp16 or bf16; the logits' unless given. fp32 keeps the sums of 16-bit logits
             as they are, and the gradients that come back for them too, until the sums of those are rounded once.
 

@@ -145,8 +145,8 @@ def test_every_path_returns_the_same(num_expert_sqrt, k, dtype, device):
         (256, 65, "frontier", "PyTorch"),
         (256, 256, "frontier", "PyTorch"),
         (256, 257, "PyTorch", "PyTorch"),
-        (32769, 1, "everywhere", "everywhere"),
-        (32769, 65, "PyTorch", "PyTorch"),
+        (46340, 1, "frontier", "everywhere"),
+        (46340, 65, "frontier", "PyTorch"),
     ],
 )
 def test_choice(num_expert_sqrt, k, on_nvidia, elsewhere, monkeypatch):
