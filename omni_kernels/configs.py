@@ -71,6 +71,8 @@ SPACES = {
     "cuda:sm90:measured": HOPPER_MEASURED_SPACE,
 }
 
+# Of the compiler: it would build a check of every int32 sum, only to drop them all again unless it debugs.
+OPTIONS = {"sanitize_overflow": False}
 DOUBLES = ((8, 0), (9, 0), (10, 0))  # GPUs that compare doubles as fast as integers, and have the most shared memory
 REGISTERS = 64 * 512 if torch.version.hip else 32 * 255  # of a warp, 32 bits each
 

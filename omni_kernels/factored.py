@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from . import frontier, lanes, reference
-from .configs import device_of, interpreting, kernel_input, output_dtype
+from .configs import OPTIONS, device_of, interpreting, kernel_input, output_dtype
 from .keys import LOWEST_KEY, index_bits, pack, unpack
 
 MAX_EXPERTS_PER_TOKEN = 64
@@ -180,5 +180,5 @@ def kernel_constants(num_tokens, num_expert_sqrt, k):
         "K": k, "TILE_M": triton.next_power_of_2(num_tokens) if interpreting() else 1, "TILE_N": tile_n,
         "TILE_K": tile_k, "CHUNK": max(1, min(4, tile_n // tile_k // 4)),  # what is sorted again shall be little
         "WIDE_KEYS": False, "STREAMED": num_expert_sqrt > tile_n, "NUM_CANDIDATES": max(tile_k, num_candidates),
-        "SIDE": math.isqrt(k), "num_warps": 1,
+        "SIDE": math.isqrt(k), "num_warps": 1, **OPTIONS,
     }  # fmt: skip

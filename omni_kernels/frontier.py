@@ -24,11 +24,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import compares_doubles, device_of, interpreting, on_nvidia
+from .configs import OPTIONS, compares_doubles, device_of, interpreting, on_nvidia
 from .keys import lowest, pack, pack_wide, unpack, unpack_wide
 from .networks import is_less, merge_best, sort
 from .pairs import fill_masked
-from .rows import keys_of_columns, keys_of_strided, lowest_keys, row_alignment, skip_first
+from .rows import lowest_keys, row_alignment, sorted_group
 from .words import (
     allocate_private,
     allocate_rows,
@@ -49,6 +49,12 @@ PIECES = 4  # pieces merged at once, in memory
 REGISTERS = 128  # of 32 bits, for the best keys of a row
 
 
+@triton.constexpr_function
+def _key_bytes(dtype):
+    """The size of the keys of logits of a dtype."""
+    return 8 if dtype == tl.float32 else 4
+
+
 @triton.jit
 def _merge_lists(heads, target, shared_target, RANKS: tl.constexpr, STEP: tl.constexpr, KEY: tl.constexpr,
                  FP64: tl.constexpr, writes):  # fmt: skip
@@ -57,7 +63,7 @@ def _merge_lists(heads, target, shared_target, RANKS: tl.constexpr, STEP: tl.con
     heads: where each list starts in private memory; each ends with the lowest key.
     """
     WIDE: tl.constexpr = KEY == tl.float32
-    BYTES: tl.constexpr = 8 if WIDE else 4
+    BYTES: tl.constexpr = _key_bytes(KEY)
     keys = ()
     for i in tl.static_range(len(heads)):
         keys = keys + (load_private(heads[i], WIDE),)
@@ -85,22 +91,14 @@ def _sorted_piece(row_ptrs, stride_n, wanted, NUM_EXPERT_SQRT: tl.constexpr, PIE
 
     If RAGGED, the last pieces begin early, so as to end with the row, and skip what others have read.
     """
-    DTYPE: tl.constexpr = row_ptrs.dtype.element_ty
-    BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
     start = tl.minimum(wanted, NUM_EXPERT_SQRT - PIECE)
-    if VECTOR > 0:
-        keys = keys_of_columns(row_ptrs.to(tl.int64) + start * BYTES, start, PIECE, DTYPE, VECTOR, DTYPE, FP64)
-    else:
-        keys = keys_of_strided(row_ptrs, stride_n, start, PIECE, DTYPE, True, FP64)
-    if RAGGED:
-        keys = skip_first(keys, wanted - start, FP64)
-    return sort(keys, PIECE, True, FP64)
+    return sorted_group(row_ptrs, stride_n, start, wanted - start, PIECE, PIECE, VECTOR, RAGGED, True, FP64)
 
 
 @triton.jit
 def _load_key(address, KEY: tl.constexpr):
     """A key in shared memory."""
-    return load_shared(address, 64 if KEY == tl.float32 else 32)
+    return load_shared(address, 8 * _key_bytes(KEY))
 
 
 @triton.jit
@@ -144,13 +142,14 @@ def _replace_best(keys, key, FP64: tl.constexpr):
 
 
 @triton.jit
-def _take_by_rows(pairs, x_list, K: tl.constexpr, RANKS: tl.constexpr, STEP: tl.constexpr, KEY_BYTES: tl.constexpr,
-                  KEY: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
+def _take_by_rows(pairs, x_list, K: tl.constexpr, RANKS: tl.constexpr, STEP: tl.constexpr, KEY: tl.constexpr,
+                  FP64: tl.constexpr):  # fmt: skip
     """The ranks of a token's K best pairs, taken by all lanes of the warp, each from every 32nd row of x."""
+    y_list = x_list + _key_bytes(KEY)
     heads = ()
     for first in tl.static_range(0, RANKS, 32):
         rank = tl.minimum(first + tl.arange(0, 32), RANKS - 1)
-        key = _pair(x_list, x_list + KEY_BYTES, 255 - rank, rank * 0 + 255, rank < 0, STEP, KEY, FP64)
+        key = _pair(x_list, y_list, 255 - rank, rank * 0 + 255, rank < 0, STEP, KEY, FP64)
         heads = heads + (tl.where(first + tl.arange(0, 32) < RANKS, key, lowest(key, FP64)),)
     for slot in tl.range(K):
         best = sort(heads, 1, True, FP64)[0]
@@ -159,9 +158,7 @@ def _take_by_rows(pairs, x_list, K: tl.constexpr, RANKS: tl.constexpr, STEP: tl.
         popped = unpack_wide(best, FP64)[1]
         store_shared(pairs + slot * 2, popped, 16, tl.arange(0, 32) == 0)
         rank_x, rank_y = 255 - (popped & 255), 256 - ((popped >> 8) & 255)  # of the pair that follows in its row
-        key = _pair(
-            x_list, x_list + KEY_BYTES, 255 - rank_x, 255 - tl.minimum(rank_y, RANKS - 1), rank_x < 0, STEP, KEY, FP64
-        )  # fmt: skip
+        key = _pair(x_list, y_list, 255 - rank_x, 255 - tl.minimum(rank_y, RANKS - 1), rank_x < 0, STEP, KEY, FP64)
         inside = ((rank_x + 1) * (rank_y + 1) <= K) & (rank_y < RANKS)
         following, next_heads = tl.where(inside, key, lowest(key, FP64)), ()
         for i in tl.static_range(len(heads)):
@@ -209,7 +206,7 @@ def frontier_kernel(
     x_ptrs, y_ptrs = x_ptr + read * stride_xm, y_ptr + read * stride_ym
     row_ptrs, stride_n = tl.where(odd, y_ptrs, x_ptrs), tl.where(odd, stride_yn, stride_xn)
 
-    KEY_BYTES: tl.constexpr = 8 if DTYPE == tl.float32 else 4
+    KEY_BYTES: tl.constexpr = _key_bytes(DTYPE)
     # Rank r of a lane's list is at r * STEP of shared memory, so that every lane has a bank to itself.
     STEP: tl.constexpr = 2 * TOKENS * KEY_BYTES
     OUT_PITCH: tl.constexpr = ((K + 1) // 2 | 1) * 4  # of ranks, 16 bits a pair
@@ -298,7 +295,7 @@ def frontier_kernel(
     for token in tl.range(TOKENS * tl.max(by_rows, 0)):
         if tl.max(tl.where(lane // 2 == token, by_rows, 0), 0) != 0:
             _take_by_rows(
-                out + token * OUT_PITCH, lists + token * 2 * KEY_BYTES, K, RANKS, STEP, KEY_BYTES, DTYPE, FP64
+                out + token * OUT_PITCH, lists + token * 2 * KEY_BYTES, K, RANKS, STEP, DTYPE, FP64
             )  # fmt: skip
     sync_warp(lane)
 
@@ -367,7 +364,7 @@ def kernel_constants(num_expert_sqrt, k, dtype, alignment, fp64):
         "TOKENS": next(tokens for tokens in (16, 8, 4) if tokens * token_bytes <= SHARED_BYTES),
         "PIECE": piece,
         "PIECES": min(PIECES, -(-num_expert_sqrt // piece)), "IN_REGISTERS": in_registers,
-        "VECTOR": vector if vector >= 4 else 0, "FP64": fp64, "num_warps": 1,
+        "VECTOR": vector if vector >= 4 else 0, "FP64": fp64, "num_warps": 1, **OPTIONS,
     }  # fmt: skip
 
 

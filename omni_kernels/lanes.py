@@ -16,7 +16,16 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import compares_doubles, compile_all, device_of, interpreting, kernel_input, on_nvidia, output_dtype
+from .configs import (
+    OPTIONS,
+    compares_doubles,
+    compile_all,
+    device_of,
+    interpreting,
+    kernel_input,
+    on_nvidia,
+    output_dtype,
+)
 from .keys import bit_length, unpack
 from .networks import merge, merge_best
 from .pairs import fill_masked, first_pair, select_pairs
@@ -161,10 +170,16 @@ def lanes_kernel(
             best = shift(best, first_column, FP64)
     else:
         best = top_of_strided_segment(
-            row_ptrs, stride_n, first_column, skip, SEGMENT, OWN, GROUP, DTYPE, RAGGED, NVIDIA, FP64
+            row_ptrs, stride_n, first_column, skip, SEGMENT, OWN, GROUP, RAGGED, NVIDIA, FP64
         )  # fmt: skip
-    for level in tl.static_range(1, 5):
-        if LANES > 1 << level:
+    if LANES > 4 and OWN == RANKS and RANKS > 8 and DTYPE == tl.float32:
+        # A loop, since long networks of wide keys take longer to fetch than to execute; a compiler that knew how often
+        # it runs would write it out.
+        for level in tl.range(1, bit_length(LANES) - 2 + tl.minimum(num_tokens, 1).to(tl.int32)):
+            more = partners(best, (lane * 0 + 1) << level, NVIDIA)
+            best = merge_best(best + more, RANKS, RANKS, NVIDIA, FP64, one)
+    else:
+        for level in tl.static_range(1, bit_length(LANES) - 1):
             both = best + partners(best, 1 << level, NVIDIA)
             best = merge_best(both, len(best), min(RANKS, len(both)), NVIDIA, FP64, one)
     # Each lane looks at one of the two ways they may meet; its NaN reaches the other lane with its values.
@@ -303,7 +318,7 @@ def kernel_constants(num_expert_sqrt, k, dtype, alignment, fp64, transposed, lan
         "GROUP": group, "TILE_M": 1024 if interpreting() else warps * 32, **reading,
         "STAGED": staged, "TRANSPOSED": transposed, "PRIORITY": "evict_first", "LOOPED": looped, "HALVED": halved,
         "NARROW": narrow, "ADDED": staged and lanes == 2 and k <= 16, "ROW_BITS": _row_bits(k),
-        "NVIDIA": not interpreting(), "FP64": fp64, "num_warps": warps,
+        "NVIDIA": not interpreting(), "FP64": fp64, "num_warps": warps, **OPTIONS,
     }  # fmt: skip
 
 

@@ -299,9 +299,8 @@ def exact_keys(best, row, doubt, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K: t
         column = unpack(best[rank], KEY)[1]
         value = load_words(row + (column * 4).to(row.dtype), 1)[0].to(tl.float32, bitcast=True)
         exact = exact + _keys((value,), column, tl.float32, True, FP64)
-    for again in tl.static_range(2):  # neighbours seldom change places, and hardly ever more than two of them
-        for _ in tl.range(tl.max(is_turned(exact, True, FP64), 0) * (K // 2 + 1 if again else 1)):
-            exact = settle(exact, True, FP64)
+    while tl.max(is_turned(exact, True, FP64), 0) != 0:  # neighbours seldom change places
+        exact = settle(exact, True, FP64)
     exact = exact[:K]
 
     lower = tl.zeros_like(doubt)
@@ -310,8 +309,9 @@ def exact_keys(best, row, doubt, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K: t
         for i in tl.static_range(len(words)):
             lower = lower | words[i]
     doubt = ((doubt != 0) & (lower & ((1 << KEY) - 1) != 0)).to(tl.int32)
+    FEW: tl.constexpr = _gcd(TILE_N, GROUP if GROUP <= 16 else 8)  # code that seldom runs shall be short
     for _ in tl.range(tl.max(doubt, 0)):
-        exact = _sorted_top(row, DTYPE, TILE_N, K, _gcd(TILE_N, GROUP), VECTOR, FP64)
+        exact = _sorted_top(row, DTYPE, TILE_N, K, FEW, VECTOR, FP64)
     return exact
 
 
@@ -329,30 +329,37 @@ def _sorted_top(row, DTYPE: tl.constexpr, TILE_N: tl.constexpr, K: tl.constexpr,
 
 @triton.jit
 def top_of_strided_segment(row_ptrs, stride_n, first_column, skip, SEGMENT: tl.constexpr, K: tl.constexpr,
-                            GROUP: tl.constexpr, KEY: tl.constexpr, RAGGED: tl.constexpr, NVIDIA: tl.constexpr,
+                            GROUP: tl.constexpr, RAGGED: tl.constexpr, NVIDIA: tl.constexpr,
                             FP64: tl.constexpr):  # fmt: skip
     """The keys (value, column) of the K best columns of a segment, descending."""
     FIRST: tl.constexpr = min(GROUP, SEGMENT)
     TAIL: tl.constexpr = (SEGMENT - FIRST) % GROUP
-    best = _sorted_group(row_ptrs, stride_n, first_column, 0, skip, FIRST, K, KEY, RAGGED, NVIDIA, FP64)
+    best = sorted_group(row_ptrs, stride_n, first_column, skip, FIRST, K, 0, RAGGED, NVIDIA, FP64)
     for start in tl.range(GROUP, SEGMENT - TAIL, GROUP):
-        more = _sorted_group(row_ptrs, stride_n, first_column, start, skip, GROUP, K, KEY, RAGGED, NVIDIA, FP64)
+        more = sorted_group(row_ptrs, stride_n, first_column + start, skip - start, GROUP, K, 0, RAGGED, NVIDIA, FP64)
         best = merge(best + more, K, K, NVIDIA, FP64)
     if TAIL > 0:
-        tail = _sorted_group(
-            row_ptrs, stride_n, first_column, SEGMENT - TAIL, skip, TAIL, K, KEY, RAGGED, NVIDIA, FP64
-        )  # fmt: skip
+        start = SEGMENT - TAIL
+        tail = sorted_group(row_ptrs, stride_n, first_column + start, skip - start, TAIL, K, 0, RAGGED, NVIDIA, FP64)
         best = merge(best + tail, K, K, NVIDIA, FP64)
     return best
 
 
 @triton.jit
-def _sorted_group(row_ptrs, stride_n, first_column, start, skip, COUNT: tl.constexpr, K: tl.constexpr,
-                  KEY: tl.constexpr, RAGGED: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
-    """The keys of the K best of COUNT columns of a segment from `start` on, descending."""
-    keys = keys_of_strided(row_ptrs, stride_n, first_column + start, COUNT, KEY, NVIDIA, FP64)
+def sorted_group(row_ptrs, stride_n, column, skip, COUNT: tl.constexpr, K: tl.constexpr, VECTOR: tl.constexpr,
+                 RAGGED: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr):  # fmt: skip
+    """The keys of the K best of COUNT columns, descending, read VECTOR bytes at once or (0) one by one.
+
+    If RAGGED, the first `skip` of them do not count.
+    """
+    DTYPE: tl.constexpr = row_ptrs.dtype.element_ty
+    if VECTOR > 0:
+        row = row_ptrs.to(tl.int64) + column * (DTYPE.primitive_bitwidth // 8)
+        keys = keys_of_columns(row, column, COUNT, DTYPE, VECTOR, DTYPE, FP64)
+    else:
+        keys = keys_of_strided(row_ptrs, stride_n, column, COUNT, DTYPE, NVIDIA, FP64)
     if RAGGED:
-        keys = skip_first(keys, skip - start, FP64)
+        keys = skip_first(keys, skip, FP64)
     return sort(keys, K, NVIDIA, FP64)
 
 

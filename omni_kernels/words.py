@@ -6,8 +6,8 @@ apart so that reading down the rows meets every bank once. A warp shares its row
 except of transposed logits: of these the warps of a program copy columns together, and turn them around there.
 
 Triton offers no such copy, and it chooses a tensor's layout from the loads and stores it meets, searching everything
-connected to them: for a sorting network of thousands of operations that search alone takes minutes. So on NVIDIA GPUs
-these functions are the PTX instructions themselves. Elsewhere (the interpreter runs no PTX) they are plain loads.
+connected to them: for kernels of thousands of operations that search alone takes minutes. So on NVIDIA GPUs these
+functions are the PTX instructions themselves. Elsewhere (the interpreter runs no PTX) they are plain loads.
 """
 
 import triton
@@ -239,35 +239,35 @@ def load_words(address, WORDS: tl.constexpr):
 
 
 @triton.jit
-def partner(value, DISTANCE: tl.constexpr, NVIDIA: tl.constexpr):
-    """What the lane whose number differs in the bit DISTANCE holds: int32, fp32 or int64."""
+def partner(value, distance, NVIDIA: tl.constexpr):
+    """What the lane whose number differs in the bit `distance` holds: int32, fp32 or int64."""
     if not NVIDIA:
-        return tl.gather(value, tl.arange(0, value.shape[0]) ^ DISTANCE, 0)
+        return tl.gather(value, tl.arange(0, value.shape[0]) ^ distance, 0)
     elif value.dtype == tl.int64:
         return tl.inline_asm_elementwise(
-            f"""{{
+            """{
             .reg .b32 low, high;
-            mov.b64 {{low, high}}, $1;
-            shfl.sync.bfly.b32 low, low, {DISTANCE}, 31, 0xffffffff;
-            shfl.sync.bfly.b32 high, high, {DISTANCE}, 31, 0xffffffff;
-            mov.b64 $0, {{low, high}};
-            }}""",
-            "=l,l", [value], tl.int64, False, 1,
+            mov.b64 {low, high}, $1;
+            shfl.sync.bfly.b32 low, low, $2, 31, 0xffffffff;
+            shfl.sync.bfly.b32 high, high, $2, 31, 0xffffffff;
+            mov.b64 $0, {low, high};
+            }""",
+            "=l,l,r", [value, distance], tl.int64, False, 1,
         )  # fmt: skip
     else:
         bits = tl.inline_asm_elementwise(
-            f"shfl.sync.bfly.b32 $0, $1, {DISTANCE}, 31, 0xffffffff;", "=r,r", [value.to(tl.int32, bitcast=True)],
+            "shfl.sync.bfly.b32 $0, $1, $2, 31, 0xffffffff;", "=r,r,r", [value.to(tl.int32, bitcast=True), distance],
             tl.int32, False, 1,
         )  # fmt: skip
         return bits.to(value.dtype, bitcast=True)
 
 
 @triton.jit
-def partners(values, DISTANCE: tl.constexpr, NVIDIA: tl.constexpr):
+def partners(values, distance, NVIDIA: tl.constexpr):
     """`partner` of each of a tuple."""
     found = ()
     for i in tl.static_range(len(values)):
-        found = found + (partner(values[i], DISTANCE, NVIDIA),)
+        found = found + (partner(values[i], distance, NVIDIA),)
     return found
 
 

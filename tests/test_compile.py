@@ -101,7 +101,7 @@ def compile_kernel(case):
     if isinstance(constants, tuple):
         constants = launched_constants(name.split(".")[0], *constants, arch=arch, dtype=dtype)
     constexprs = {arg: value[dtype] if isinstance(value, dict) else value for arg, value in constants.items()}
-    options = {"num_warps": constexprs.pop("num_warps", 4)}
+    options = {name: constexprs.pop(name) for name in ("num_warps", *configs.OPTIONS) if name in constexprs}
     signature = {arg: "constexpr" if arg in constexprs else argument_type(arg, dtype) for arg in kernel.arg_names}
     source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

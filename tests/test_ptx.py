@@ -14,6 +14,7 @@ from ptx import parse, run_program
 from triton.backends.compiler import GPUTarget
 
 from omni_kernels import factored_router, frontier, lanes
+from omni_kernels.configs import OPTIONS
 
 pytestmark = pytest.mark.xdist_group("ptx")  # compiled once
 
@@ -64,6 +65,10 @@ CASES = [
     Case(32, 7, FP32, 16, False, 2, {"HALVED": True, "TILE_N": 32, "CHUNK": 2}),
     Case(32, 10, FP32, 16, True, 2, {"HALVED": True, "TILE_N": 32, "CHUNK": 1}),
     Case(4, 9, FP32, 16, True, 2, {"HALVED": True, "TILE_N": 4, "CHUNK": 1}),
+    Case(64, 18, FP32, 16, True, 2, {"HALVED": True, "TILE_N": 64, "CHUNK": 1, "GROUP": 32}),
+    # Lists of wide keys that lanes merge in a loop.
+    Case(128, 9, FP32, 16, True, 8, {"HALVED": True, "SEGMENT": 32}),
+    Case(100, 10, FP32, 16, False, 16, {"HALVED": False, "SEGMENT": 16}),
     # Transposed, in squares, by several warps together; one tile, or several.
     Case(64, 8, BF16, -16, True, 2, {"TRANSPOSED": True, "TILE_N": 64, "CHUNK": 4, "NARROW": True, "num_warps": 4}),
     Case(64, 10, FP16, -16, True, 2, {"TRANSPOSED": True, "TILE_N": 64, "CHUNK": 2, "num_warps": 4}),
@@ -112,7 +117,7 @@ def compile_case(position):
     case = CASES[position]
     kernel = lanes.lanes_kernel if case.lanes else frontier.frontier_kernel
     constexprs = constants_of(case)
-    options = {"num_warps": constexprs.pop("num_warps")}
+    options = {name: constexprs.pop(name) for name in ("num_warps", *OPTIONS)}
     element = {FP32: "fp32", FP16: "fp16", BF16: "bf16"}[case.dtype]
     types = dict.fromkeys(("x_ptr", "y_ptr", "scores_ptr"), f"*{element}") | {"indices_ptr": "*i32"}
     signature = {name: "constexpr" if name in constexprs else types.get(name, "i32") for name in kernel.arg_names}
