@@ -22,7 +22,7 @@ from tqdm import tqdm
 CALLS = [
     *((speed.OMNI, case) for case in (speed.MAIN._replace(num_tokens=16), speed.MAIN, speed.MAIN._replace(k=128),
                                       speed.FP32, speed.FP32._replace(k=32))),
-    # Those that compile longest.
+    # Those that compile longest, and the longest rows.
     *((speed.OMNI, speed.Case(16, *case)) for case in ((1024, 31, "fp32"), (512, 32, "fp32"), (1000, 31, "fp16"),
                                                        (300, 127, "fp16"), (300, 127, "fp32"), (46340, 64, "fp32"))),
     *((name, speed.Case(1024, num_expert_sqrt, 16, "bf16")) for num_expert_sqrt in (64, 256)

@@ -177,12 +177,15 @@ def test_verifying_prints_the_rank_correlation_and_keeps_nothing(gpu, capsys):
 
 
 def test_a_host_that_stumbles_is_not_recorded(monkeypatch):
-    samples = iter([900.0, 800.0, 900.0, 7.0, 900.0] * 2 + [800.0, 900.0, 850.0, 810.0, 820.0])
-    medians = iter([[0.1, 0.005, 0.2], [0.006, 0.005, 0.007], *[[0.1, 0.005, 0.2]] * 2, [0.2, 0.1, 0.3]])
+    slow, once_fast = [800.0, 900.0, 850.0, 810.0, 820.0], [900.0, 800.0, 900.0, 7.0, 900.0]
+    spread, above, good = [0.1, 0.005, 0.2], [0.05, 0.045, 0.055], [0.006, 0.005, 0.007]
+    samples = iter([*once_fast, *once_fast, *slow, *once_fast, *slow, *slow])
+    medians = iter([spread, above, good, spread, spread, [0.2, 0.1, 0.3], good])
     monkeypatch.setattr(autotune.timing, "once", lambda run: next(samples))
     monkeypatch.setattr(autotune.timing, "do_bench", lambda run, **_: next(medians))
     assert autotune.measure("run", best=6.0) == [6.0, 5.0, 7.0]
     assert autotune.measure("run", best=6.0) == [200.0, 100.0, 300.0]
+    assert autotune.measure("run", best=6.0) == [6.0, 5.0, 7.0]  # after five slow samples in a row
     assert autotune.measure("run", best=6.0) == [800.0] * 3
 
 
