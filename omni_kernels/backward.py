@@ -14,21 +14,64 @@ its tokens, so nothing needs them:
 
 All add in slot order, starting from zero, so all give the bits of the sequential loop they stand for.
 
-Triton has no addressed access to shared memory, so the first kernel uses PTX instructions for it, as words.py does.
+Triton has no addressed access to shared memory, so the first kernel uses PTX instructions for it (factored/ptx.py).
 """
+
+import dataclasses
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
 from .configs import device_of, interpreting, kernel_input, on_nvidia, output_dtype
-from .words import allocate_rows, load_words, store_words, sync_warp
+from .factored.plan import Launch, Launches, Plan, launch
+from .factored.ptx import allocate_rows, load_words, store_words, sync_warp
 
 ROW_WORDS = 4096  # sums a warp holds in shared memory at once, of both factors: of 16 KiB a dozen fit an H100's SM
 MAX_TILE_M = 16  # tokens of a warp: a lane for each of their rows
 MAX_TILE_K = 64  # slots of a token staged at once
-SCATTER_TILES = {"TILE_M": 32, "TILE_K": 16, "TILE_N": 128}
-DENSE_TILES = {"TILE_M": 32, "TILE_N": 64}
+TOKENS = 32  # of a program of the other kernels
+
+_launches = Launches()
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientPlan(Plan):
+    """How the gradient is computed. dtype: of the gradients of the logits."""
+
+    method: str  # "shared", "scatter" or "dense": the three above
+    tokens: int  # of a program
+    tile_n: int  # columns of a row that are summed, or cleared, at once
+    tile_k: int  # slots of a token that are read at once
+
+    def why(self):
+        if self.method == "scatter":
+            return f"scatter_kernel, since rows are longer than k: {self.tokens} tokens a program, pair by pair."
+        if self.method == "dense":
+            return f"dense_kernel, since rows are no longer than k: {self.tokens} tokens a program, row by row."
+        rows = f"{self.tokens} rows of each factor" if self.pieces == 1 else f"{self.tile_n} columns of a row"
+        return f"shared_kernel, since rows are whole vectors: a warp sums {rows} in shared memory."
+
+    @property
+    def kernel(self):
+        return {"shared": shared_kernel, "scatter": scatter_kernel, "dense": dense_kernel}[self.method]
+
+    @property
+    def pieces(self):
+        """The programs that share a row."""
+        return -(-self.num_expert_sqrt // self.tile_n) if self.method == "shared" else 1
+
+    def grid(self, num_tokens):
+        return super().grid(num_tokens) * self.pieces
+
+    @property
+    def bytes_read(self):
+        return super().bytes_written
+
+    @property
+    def bytes_written(self):
+        return super().bytes_read
 
 
 @triton.jit
@@ -93,11 +136,16 @@ def _store_sums(pointer, OFFSET: tl.constexpr, sums, mask, DTYPE: tl.constexpr):
 def shared_kernel(
     grad_ptr, indices_ptr, grad_x_ptr, grad_y_ptr,
     stride_gm, stride_gk,
-    num_tokens, num_experts_per_token,
-    NUM_EXPERT_SQRT: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr, TILE_N: tl.constexpr,
+    num_tokens,
+    PLAN: tl.constexpr,
 ):  # fmt: skip
-    """One warp sums TILE_M rows of each factor, TILE_N columns of them: whole rows, or TILE_M is 1."""
-    NUM_PIECES: tl.constexpr = (NUM_EXPERT_SQRT + TILE_N - 1) // TILE_N
+    """One warp sums the rows of some tokens, or tile_n columns of those of one."""
+    NUM_EXPERT_SQRT: tl.constexpr = PLAN.num_expert_sqrt
+    NUM_PIECES: tl.constexpr = PLAN.pieces
+    TILE_M: tl.constexpr = PLAN.tokens
+    TILE_K: tl.constexpr = PLAN.tile_k
+    TILE_N: tl.constexpr = PLAN.tile_n
+    num_experts_per_token = PLAN.k
     lane = tl.arange(0, 32)
     first_token = (tl.program_id(0) // NUM_PIECES).to(tl.int64) * TILE_M
     first_column = tl.program_id(0) % NUM_PIECES * TILE_N
@@ -168,9 +216,13 @@ def _load_slot(grad_ptr, indices_ptr, tokens, slot, stride_gm, stride_gk, num_ex
 def scatter_kernel(
     grad_ptr, indices_ptr, grad_x_ptr, grad_y_ptr,
     stride_gm, stride_gk,
-    num_tokens, num_expert_sqrt, num_experts_per_token,
-    TILE_M: tl.constexpr, TILE_K: tl.constexpr, TILE_N: tl.constexpr,
+    num_tokens,
+    PLAN: tl.constexpr,
 ):  # fmt: skip
+    num_expert_sqrt, num_experts_per_token = PLAN.num_expert_sqrt, PLAN.k
+    TILE_M: tl.constexpr = PLAN.tokens
+    TILE_K: tl.constexpr = PLAN.tile_k
+    TILE_N: tl.constexpr = PLAN.tile_n
     tokens = tl.program_id(0).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
     in_batch = tokens < num_tokens
     zeros = tl.zeros((TILE_M, TILE_N), grad_x_ptr.dtype.element_ty)
@@ -204,9 +256,12 @@ def scatter_kernel(
 def dense_kernel(
     grad_ptr, indices_ptr, grad_x_ptr, grad_y_ptr,
     stride_gm, stride_gk,
-    num_tokens, num_expert_sqrt, num_experts_per_token,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr,
+    num_tokens,
+    PLAN: tl.constexpr,
 ):  # fmt: skip
+    num_expert_sqrt, num_experts_per_token = PLAN.num_expert_sqrt, PLAN.k
+    TILE_M: tl.constexpr = PLAN.tokens
+    TILE_N: tl.constexpr = PLAN.tile_n
     tokens = tl.program_id(0).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
     in_batch = tokens < num_tokens
     for start in range(0, num_expert_sqrt, TILE_N):
@@ -238,29 +293,49 @@ def backward(grad_scores, indices, num_expert_sqrt, dtype=None):
     Returns:
         grad_x, grad_y: (num_tokens, N), accumulated in fp32 and rounded once.
     """
-    num_tokens, k = grad_scores.shape
-    shape, dtype = (num_tokens, num_expert_sqrt), dtype or grad_scores.dtype
-    grad = kernel_input(grad_scores)
-    grad_x, grad_y = (torch.empty(shape, dtype=output_dtype(dtype), device=grad.device) for _ in range(2))
-    tensors = grad, indices, grad_x, grad_y, *grad.stride(), num_tokens
+    grad, (num_tokens, k), dtype = grad_scores, grad_scores.shape, dtype or grad_scores.dtype
+    if grad.is_neg():  # a sign that PyTorch has put off
+        grad = grad.resolve_neg()
+    strides = grad.stride()
+    problem = (grad.get_device(), num_expert_sqrt, k, grad.dtype, dtype, strides, grad.data_ptr() % 16,
+               indices.data_ptr() % 16, num_tokens >> 31)  # fmt: skip
+    known = _launches.get(problem)
+    if known is None:
+        plan = plan_for(grad, num_expert_sqrt, dtype)
+        if interpreting() or not on_nvidia(grad.device):
+            return run(plan, grad, indices)
+        known = Launch(plan, grad.get_device())
+        _launches.keep(problem, known)
+    grad_x = grad.new_empty((num_tokens, num_expert_sqrt), dtype=dtype)
+    grad_y = grad.new_empty((num_tokens, num_expert_sqrt), dtype=dtype)
+    known(num_tokens, grad, indices, grad_x, grad_y, *strides, num_tokens)
+    return grad_x, grad_y
+
+
+def run(plan, grad_scores, indices):
+    """The gradients of both factors by a plan, that of `plan_for` or another."""
+    grad, shape = kernel_input(grad_scores), (len(grad_scores), plan.num_expert_sqrt)
+    grad_x, grad_y = (torch.empty(shape, dtype=output_dtype(plan.dtype), device=grad.device) for _ in range(2))
     with device_of(grad):
-        if _runs_ptx(grad.device) and num_expert_sqrt % 4 == 0:  # rows of whole vectors
-            tiles = shared_tiles(num_expert_sqrt, k)
-            num_programs = triton.cdiv(num_tokens, tiles["TILE_M"]) * triton.cdiv(num_expert_sqrt, tiles["TILE_N"])
-            shared_kernel[(num_programs,)](*tensors, k, NUM_EXPERT_SQRT=num_expert_sqrt, **tiles, num_warps=1)
-        else:
-            kernel, tiles = (scatter_kernel, SCATTER_TILES) if num_expert_sqrt > k else (dense_kernel, DENSE_TILES)
-            kernel[(triton.cdiv(num_tokens, tiles["TILE_M"]),)](*tensors, num_expert_sqrt, k, **tiles)
-    return grad_x.to(dtype), grad_y.to(dtype)
+        launch(plan, len(grad), grad, indices, grad_x, grad_y, *grad.stride(), len(grad))
+    return grad_x.to(plan.dtype), grad_y.to(plan.dtype)
 
 
-def shared_tiles(num_expert_sqrt, k):
-    """The tiles of shared_kernel: as many whole rows as fit, or a piece of one."""
-    tile_m = min(max(ROW_WORDS // (2 * triton.next_power_of_2(num_expert_sqrt)), 1), MAX_TILE_M)
-    tile_k = min(max(triton.next_power_of_2(k), 4, 32 // tile_m), MAX_TILE_K)  # no slot is staged by two lanes
-    return {"TILE_M": tile_m, "TILE_K": tile_k, "TILE_N": min(num_expert_sqrt, ROW_WORDS // 2)}
+def plan_for(grad_scores, num_expert_sqrt, dtype):
+    """The plan for a gradient of some scores and logits of a dtype."""
+    k, whole_vectors = grad_scores.shape[1], num_expert_sqrt % 4 == 0
+    shared = whole_vectors and not interpreting() and on_nvidia(grad_scores.device)
+    return plan_of(num_expert_sqrt, k, dtype, grad_scores.dtype, shared)
 
 
-def _runs_ptx(device):
-    """Whether shared_kernel runs on a device: NVIDIA GPUs from Ampere on."""
-    return not interpreting() and on_nvidia(device)
+@functools.cache
+def plan_of(num_expert_sqrt, k, dtype, scores_dtype, shared):
+    """The plan of a problem; shared: whether shared_kernel takes it."""
+    problem = num_expert_sqrt, k, dtype, scores_dtype
+    if shared:  # as many whole rows as fit, or a piece of one; no slot is staged by two lanes
+        tokens = min(max(ROW_WORDS // (2 * triton.next_power_of_2(num_expert_sqrt)), 1), MAX_TILE_M)
+        tile_k = min(max(triton.next_power_of_2(k), 4, 32 // tokens), MAX_TILE_K)
+        return GradientPlan(*problem, 1, "shared", tokens, min(num_expert_sqrt, ROW_WORDS // 2), tile_k)
+    if num_expert_sqrt > k:
+        return GradientPlan(*problem, 4, "scatter", TOKENS, 128, 16)
+    return GradientPlan(*problem, 4, "dense", TOKENS, 64, 1)

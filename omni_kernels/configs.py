@@ -276,6 +276,12 @@ def pruned(configs, kernel_type, token_bucket, num_expert_sqrt, num_experts_per_
     return list(first.values())
 
 
+def compiled(kernel, *args, **constants):
+    """The binary of a kernel for some arguments, tensors or their dtypes, which are not used otherwise."""
+    with _old_objects_kept():
+        return kernel.warmup(*args, grid=(1,), **constants, **OPTIONS)
+
+
 def compile_all(kernel, args, variants):
     """Compiles variants of a kernel together, on all cores. What fails raises when it is launched, not here.
 

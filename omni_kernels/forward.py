@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .configs import device_of, get_arch, kernel_input, output_dtype, token_bucket, tuned
-from .keys import float_to_key, key_to_float
+from .factored.keys import float_to_key, key_to_float
 
 MAX_EXPERT_SQRT = 127  # the tile, 128 × 128 then, must fit in registers
 

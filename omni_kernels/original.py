@@ -12,7 +12,7 @@ import triton.language as tl
 
 from . import reference
 from .configs import device_of, kernel_input, output_dtype, token_bucket, tuned
-from .keys import float_to_key, key_to_float
+from .factored.keys import float_to_key, key_to_float
 
 SPLIT_FROM = 128  # num_expert_sqrt from which the sums are streamed
 MAX_SPLIT_EXPERTS_PER_TOKEN = 256  # the sorted list of the split kernel must fit in registers

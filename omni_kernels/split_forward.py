@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .configs import device_of, get_arch, kernel_input, output_dtype, token_bucket, tuned
-from .keys import LOWEST_KEY, pack, unpack
+from .factored.keys import LOWEST_KEY, pack, unpack
 
 MAX_EXPERTS_PER_TOKEN = 256  # the running set is compared with itself in registers
 

@@ -37,34 +37,32 @@ def allocate_rows(like, BYTES: tl.constexpr):
 
 
 @triton.jit
-def copy_rows(buffer, address, wanted, TILE_BYTES: tl.constexpr, VECTOR: tl.constexpr, PITCH: tl.constexpr,
-              PARTS: tl.constexpr, PRIORITY: tl.constexpr):  # fmt: skip
-    """Start copying the TILE_BYTES at every lane's global address into shared memory, VECTOR bytes at a time.
+def copy_rows(buffer, address, wanted, PLAN: tl.constexpr):
+    """Start copying the tile at every lane's global address into shared memory, a vector at a time.
 
-    buffer: the program's shared memory, where thread i finds its bytes at i * PITCH. wanted: whether to copy at all; a
-    branch around the last copy of a loop would make the compiler peel off a whole iteration. PARTS: equal pieces of
-    every row, of which `wait_for_rows` can wait for each. PRIORITY: of what is read, in L2: "evict_first", or
-    "evict_normal".
+    buffer: the program's shared memory, where thread i finds its bytes at i * PLAN.pitch. wanted: whether to copy at
+    all; a branch around the last copy of a loop would make the compiler peel off a whole iteration. The tile comes in
+    PLAN.parts equal parts, and `wait_for_rows` can wait for each.
     """
     thread = tl.arange(0, buffer.shape[0])
     lane = thread % 32
-    rows = buffer + (thread - lane) * PITCH  # of the warp
-    PER_ROW: tl.constexpr = TILE_BYTES // (VECTOR * PARTS)
-    policy = _policy(lane, PRIORITY)
+    rows = buffer + (thread - lane) * PLAN.pitch  # of the warp
+    PARTS: tl.constexpr = PLAN.parts
+    PER_ROW: tl.constexpr = PLAN.tile_n * PLAN.itemsize // (PLAN.vector * PARTS)
+    policy = _policy(lane, PLAN)
     sync_warp(lane)
     for part in tl.static_range(PARTS):
         for step in tl.static_range(PER_ROW):
-            _copy_of_row(rows, address, step * 32 + lane, part * PER_ROW, wanted, policy, PER_ROW, VECTOR, PITCH)
+            _copy_of_row(rows, address, step * 32 + lane, part * PER_ROW, wanted, policy, PER_ROW, PLAN)
         _commit(lane)
 
 
 @triton.jit
-def _copy_of_row(rows, address, vector, first, wanted, policy, PER_ROW: tl.constexpr, VECTOR: tl.constexpr,
-                 PITCH: tl.constexpr):  # fmt: skip
+def _copy_of_row(rows, address, vector, first, wanted, policy, PER_ROW: tl.constexpr, PLAN: tl.constexpr):
     """Start copying one of the vectors from `first` on, of which each of the warp's rows has PER_ROW."""
-    owner, offset = vector // PER_ROW, (first + vector % PER_ROW) * VECTOR
+    owner, offset = vector // PER_ROW, (first + vector % PER_ROW) * PLAN.vector
     source = _of_lane(address, owner) + offset.to(tl.int64)
-    _copy_vector(rows + owner * PITCH + offset, source, wanted, policy, VECTOR)
+    _copy_vector(rows + owner * PLAN.pitch + offset, source, wanted, policy, PLAN.vector)
 
 
 @triton.jit
@@ -83,8 +81,9 @@ def _of_lane(address, owner):
 
 
 @triton.jit
-def _policy(like, PRIORITY: tl.constexpr):
+def _policy(like, PLAN: tl.constexpr):
     """What a copy tells L2 of the importance of what it reads."""
+    PRIORITY: tl.constexpr = PLAN.priority
     return tl.inline_asm_elementwise(
         f"createpolicy.fractional.L2::{PRIORITY}.b64 $0, 1.0;", "=l,r", [like], tl.int64, True, 1
     )
@@ -136,20 +135,18 @@ def transpose_halves(a, b):
 
 
 @triton.jit
-def copy_columns(buffer, x_ptr, y_ptr, stride_x, stride_y, token, num_tokens, first, wanted, TILE_N: tl.constexpr,
-                 PITCH: tl.constexpr, PARTS: tl.constexpr, PRIORITY: tl.constexpr):  # fmt: skip
-    """Start copying TILE_N columns from `first` on of transposed logits, where those of a column lie side by side.
+def copy_columns(buffer, x_ptr, y_ptr, stride_x, stride_y, token, num_tokens, first, wanted, PLAN: tl.constexpr):
+    """Start copying the tile of columns from `first` on of transposed logits, where those of a column lie side by side.
 
     The 16 tokens of a warp are less of a column than a cache line has, and four reads of 32 bytes take longer than one
     of 128. So the warps of a program, as many as fill a line, copy together, for as many columns at once as 16 bytes
     hold tokens (SIDE): `turn_columns` will make rows of squares of SIDE tokens by SIDE columns. Until then, eight
     threads' vectors lie in 128 bytes of some row, in an order in which those of its columns meet every bank once.
 
-    buffer: the program's shared memory, where row 2 * token + factor begins at that multiple of PITCH. stride_x,
-    stride_y: from column to column. token: the program's first. wanted, PARTS, PRIORITY: as in `copy_rows`.
+    buffer: the program's shared memory, where row 2 * token + factor begins at that multiple of PLAN.pitch. stride_x,
+    stride_y: from column to column. token: the program's first. wanted: as in `copy_rows`.
     """
-    BYTES: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth // 8
-    SIDE: tl.constexpr = 16 // BYTES
+    SIDE: tl.constexpr = 16 // PLAN.itemsize
     THREADS: tl.constexpr = buffer.shape[0]
     VECTORS: tl.constexpr = THREADS // (2 * SIDE)  # of a column
     thread = tl.arange(0, THREADS)
@@ -157,43 +154,45 @@ def copy_columns(buffer, x_ptr, y_ptr, stride_x, stride_y, token, num_tokens, fi
     # What is past the end is read from before it instead.
     start = tl.minimum(token + thread % VECTORS * SIDE, num_tokens - SIDE)
     stride = tl.where(factor == 0, stride_x, stride_y).to(tl.int64)
-    source = tl.where(factor == 0, x_ptr, y_ptr).to(tl.int64) + (start + (first + column) * stride) * BYTES
-    target = buffer + thread // 8 * PITCH
-    policy = _policy(thread, PRIORITY)
+    source = tl.where(factor == 0, x_ptr, y_ptr).to(tl.int64) + (start + (first + column) * stride) * PLAN.itemsize
+    target = buffer + thread // 8 * PLAN.pitch
+    policy = _policy(thread, PLAN)
     sync_program(thread)
+    PARTS: tl.constexpr = PLAN.parts
+    COLUMNS: tl.constexpr = PLAN.tile_n // PARTS
     for part in tl.static_range(PARTS):
-        for square in tl.static_range(part * TILE_N // (PARTS * SIDE), (part + 1) * TILE_N // (PARTS * SIDE)):
-            offset = (thread ^ square) % 8 * 16 + (square % 8 * (THREADS // 8) * PITCH + square // 8 * 128)
+        for square in tl.static_range(part * COLUMNS // SIDE, (part + 1) * COLUMNS // SIDE):
+            offset = (thread ^ square) % 8 * 16 + (square % 8 * (THREADS // 8) * PLAN.pitch + square // 8 * 128)
             _copy_vector(target + offset, source + square * 16 * stride, wanted, policy, 16)
         _commit(thread)
 
 
 @triton.jit
-def turn_columns(buffer, first, COLUMNS: tl.constexpr, BYTES: tl.constexpr, PITCH: tl.constexpr):
+def turn_columns(buffer, first, COLUMNS: tl.constexpr, PLAN: tl.constexpr):
     """Make rows of the COLUMNS from `first` on that `copy_columns` has copied, in multiples of 128 bytes of a row.
 
     Every warp of the program has waited for what it copied of them itself.
     """
-    SIDE: tl.constexpr = 16 // BYTES
+    SIDE: tl.constexpr = 16 // PLAN.itemsize
     THREADS: tl.constexpr = buffer.shape[0]
     VECTORS: tl.constexpr = THREADS // (2 * SIDE)
     thread = tl.arange(0, THREADS)
     tokens, factor, square = thread // (2 * SIDE), thread // SIDE % 2, thread % SIDE
-    rows = buffer + (2 * tokens * SIDE + factor) * PITCH + first * BYTES
+    rows = buffer + (2 * tokens * SIDE + factor) * PLAN.pitch + first * PLAN.itemsize
     sync_program(thread)
-    for start in tl.static_range(0, COLUMNS * BYTES, 128):
+    for start in tl.static_range(0, COLUMNS * PLAN.itemsize, 128):
         columns = ()
         for more in tl.static_range(0, 8, SIDE):
             for i in tl.static_range(SIDE):
                 vector = (i * 2 + factor) * VECTORS + tokens
                 row = (square + more) * (THREADS // 8) + vector // 8
-                place = buffer + first * BYTES + row * PITCH + (vector ^ (square + more)) % 8 * 16
+                place = buffer + first * PLAN.itemsize + row * PLAN.pitch + (vector ^ (square + more)) % 8 * 16
                 columns = columns + (load_words(place + start, 4),)
         sync_program(thread)
         for more in tl.static_range(0, 8, SIDE):
             for word in tl.static_range(4):
-                target = rows + (square + more) * 16 + (word * (2 * SIDE // 4) * PITCH + start)
-                if BYTES == 4:
+                target = rows + (square + more) * 16 + (word * (2 * SIDE // 4) * PLAN.pitch + start)
+                if PLAN.itemsize == 4:
                     row = ()
                     for i in tl.static_range(SIDE):
                         row = row + (columns[more + i][word],)
@@ -204,7 +203,7 @@ def turn_columns(buffer, first, COLUMNS: tl.constexpr, BYTES: tl.constexpr, PITC
                         low, high = transpose_halves(columns[more + i][word], columns[more + i + 1][word])
                         even, odd = even + (low,), odd + (high,)
                     store_words(target, even)
-                    store_words(target + 2 * PITCH, odd)
+                    store_words(target + 2 * PLAN.pitch, odd)
     sync_warp(thread)
 
 
@@ -239,9 +238,9 @@ def load_words(address, WORDS: tl.constexpr):
 
 
 @triton.jit
-def partner(value, distance, NVIDIA: tl.constexpr):
+def partner(value, distance, PLAN: tl.constexpr):
     """What the lane whose number differs in the bit `distance` holds: int32, fp32 or int64."""
-    if not NVIDIA:
+    if not PLAN.ptx:
         return tl.gather(value, tl.arange(0, value.shape[0]) ^ distance, 0)
     elif value.dtype == tl.int64:
         return tl.inline_asm_elementwise(
@@ -263,22 +262,22 @@ def partner(value, distance, NVIDIA: tl.constexpr):
 
 
 @triton.jit
-def partners(values, distance, NVIDIA: tl.constexpr):
+def partners(values, distance, PLAN: tl.constexpr):
     """`partner` of each of a tuple."""
     found = ()
     for i in tl.static_range(len(values)):
-        found = found + (partner(values[i], distance, NVIDIA),)
+        found = found + (partner(values[i], distance, PLAN),)
     return found
 
 
 @triton.jit
-def load_value(ptrs, NVIDIA: tl.constexpr):
+def load_value(ptrs, PLAN: tl.constexpr):
     """One logit from anywhere in global memory, as fp32."""
     DTYPE: tl.constexpr = ptrs.dtype.element_ty
-    if NVIDIA and DTYPE == tl.float32:
+    if PLAN.ptx and DTYPE == tl.float32:
         bits = tl.inline_asm_elementwise("ld.global.b32 $0, [$1];", "=r,l", [ptrs.to(tl.int64)], tl.int32, False, 1)
         return bits.to(tl.float32, bitcast=True)
-    elif NVIDIA:
+    elif PLAN.ptx:
         bits = tl.inline_asm_elementwise("ld.global.b16 $0, [$1];", "=h,l", [ptrs.to(tl.int64)], tl.int16, False, 1)
         return bits.to(DTYPE, bitcast=True).to(tl.float32)
     else:
@@ -312,10 +311,10 @@ def pack_words(values):
 
 
 @triton.jit
-def store_row(ptrs, values, mask, NVIDIA: tl.constexpr):
+def store_row(ptrs, values, mask, PLAN: tl.constexpr):
     """Store a tuple of [TILE_M] values, each already in its dtype, as a contiguous row at each pointer."""
     BITS: tl.constexpr = ptrs.dtype.element_ty.primitive_bitwidth
-    if not NVIDIA:
+    if not PLAN.ptx:
         for i in tl.static_range(len(values)):
             tl.store(ptrs + i, values[i], mask=mask)
     elif len(values) * BITS % 32 != 0:

@@ -13,14 +13,14 @@ LOWEST_KEY = tl.constexpr(-(1 << 63))  # below every packed key: what padding so
 
 
 @triton.jit
-def float_to_key(value, NVIDIA: tl.constexpr = False):
+def float_to_key(value, PLAN: tl.constexpr = None):
     """fp32 -> int32 of the same order; -0.0 ties with 0.0, and NaN, whatever its sign, comes above +inf.
 
     An NVIDIA addition turns every NaN into 0x7FFFFFFF, which is already the key it needs. There it is written in PTX,
     since LLVM would gather the signs of many values bit by bit in a word.
     """
     bits = (value + 0.0).to(tl.int32, bitcast=True)
-    if NVIDIA:
+    if PLAN is not None and PLAN.ptx:
         return tl.inline_asm_elementwise(
             "{ .reg .b32 sign; shr.s32 sign, $1, 31; and.b32 sign, sign, 0x7FFFFFFF; xor.b32 $0, $1, sign; }", "=r,r",
             [bits], tl.int32, True, 1,
@@ -48,7 +48,7 @@ def index_bits(KEY):
 
 
 @triton.jit
-def pack(value, index, KEY: tl.constexpr = tl.float32, NVIDIA: tl.constexpr = False, FP64: tl.constexpr = False):
+def pack(value, index, KEY: tl.constexpr = tl.float32, PLAN: tl.constexpr = None):
     """(fp32, int32 >= 0) -> a key whose order is value first, then the lower index.
 
     KEY says which: with tl.float32 an int64 key, for any value and index; with tl.bfloat16 or tl.float16 an int32 key,
@@ -57,21 +57,21 @@ def pack(value, index, KEY: tl.constexpr = tl.float32, NVIDIA: tl.constexpr = Fa
     """
     MASK: tl.constexpr = (1 << index_bits(KEY)) - 1
     if KEY == tl.float32:
-        return pack_wide(value, tl.zeros_like(value).to(tl.int32) + (MASK - index), NVIDIA, FP64)
+        return pack_wide(value, tl.zeros_like(value).to(tl.int32) + (MASK - index), PLAN)
     elif KEY == tl.float16:
         bits = (value + 0.0).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16
         key = bits ^ ((bits >> 31) & 0x7FFF0000)
-        return (key if NVIDIA else tl.where(value == value, key, 0x7FFF0000)) | (MASK - index)
+        return (key if PLAN is not None and PLAN.ptx else tl.where(value == value, key, 0x7FFF0000)) | (MASK - index)
     else:
-        return (float_to_key(value, NVIDIA) & ~MASK) | (MASK - index)
+        return (float_to_key(value, PLAN) & ~MASK) | (MASK - index)
 
 
 @triton.jit
-def unpack(key, KEY: tl.constexpr = tl.float32, FP64: tl.constexpr = False):
+def unpack(key, KEY: tl.constexpr = tl.float32, PLAN: tl.constexpr = None):
     """The inverse of `pack`."""
     MASK: tl.constexpr = (1 << index_bits(KEY)) - 1
     if KEY == tl.float32:
-        value, low = unpack_wide(key, FP64)
+        value, low = unpack_wide(key, PLAN)
         return value, MASK - low
     elif KEY == tl.float16:
         half = ((key ^ ((key >> 31) & 0x7FFF0000)) >> 16).to(tl.int16).to(tl.float16, bitcast=True)
@@ -83,36 +83,36 @@ def unpack(key, KEY: tl.constexpr = tl.float32, FP64: tl.constexpr = False):
 
 
 @triton.jit
-def pack_wide(value, low, NVIDIA: tl.constexpr, FP64: tl.constexpr):
+def pack_wide(value, low, PLAN: tl.constexpr):
     """An fp32 value above 32 bits, without a sign, that order equals, as one int64 key.
 
-    With FP64 the keys order as doubles: the value's pattern is a double's high word, which orders by sign and magnitude
-    as fp32 does, so negative keys turn the low word around, and NaN becomes one that is a number as a double.
+    Where the plan says doubles, the keys order as such. The value's pattern is a double's high word, which orders by
+    sign and magnitude as fp32 does. So negative keys turn the low word around, and NaN becomes a number as a double.
     """
-    if FP64:
+    if PLAN is not None and PLAN.doubles:
         bits = tl.minimum((value + 0.0).to(tl.int32, bitcast=True), 0x7FEFFFFF)
         low = low ^ (bits >> 31)
         return (bits.to(tl.int64) << 32) | low.to(tl.uint32, bitcast=True).to(tl.int64)
     else:
-        return (float_to_key(value, NVIDIA).to(tl.int64) << 32) | low.to(tl.uint32, bitcast=True).to(tl.int64)
+        return (float_to_key(value, PLAN).to(tl.int64) << 32) | low.to(tl.uint32, bitcast=True).to(tl.int64)
 
 
 @triton.jit
-def unpack_wide(key, FP64: tl.constexpr):
+def unpack_wide(key, PLAN: tl.constexpr):
     """The inverse of `pack_wide`."""
     high, low = (key >> 32).to(tl.int32), key.to(tl.int32)
-    if FP64:
+    if PLAN is not None and PLAN.doubles:
         return high.to(tl.float32, bitcast=True), low ^ (high >> 31)
     else:
         return key_to_float(high), low
 
 
 @triton.jit
-def lowest(like, FP64: tl.constexpr):
+def lowest(like, PLAN: tl.constexpr):
     """A key below all others, of the type of `like`."""
     if like.dtype == tl.int32:
         return tl.full(like.shape, -(1 << 31) + (1 << 16), tl.int32)  # stays lowest when shifted
-    elif FP64:
+    elif PLAN.doubles:
         return tl.full(like.shape, -0x0010000100000000, tl.int64)  # the least double that is finite
     else:
         return tl.full(like.shape, -(1 << 63) + (1 << 32), tl.int64)

@@ -130,8 +130,8 @@ def _comparisons(count, key):
 
 
 @triton.constexpr_function
-def _key_type(dtype, fp64):
-    return "s32" if dtype == tl.int32 else "f64" if fp64 else "s64"
+def _key_type(dtype, plan):
+    return "s32" if dtype == tl.int32 else "f64" if plan.doubles else "s64"
 
 
 @triton.constexpr_function
@@ -146,13 +146,13 @@ def _copies(value, count):
 
 
 @triton.jit
-def _run(keys, KIND: tl.constexpr, FIRST: tl.constexpr, K: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr, one):
+def _run(keys, KIND: tl.constexpr, FIRST: tl.constexpr, K: tl.constexpr, PLAN: tl.constexpr, one):
     """The K best keys of a tuple, as a network of that kind leaves them; all if there are no more."""
     # `one` is None or the operand of ones, where the smaller keys come from a sum.
     COUNT: tl.constexpr = len(keys)
     RANKS: tl.constexpr = min(K, COUNT)
-    if NVIDIA:
-        KEY: tl.constexpr = _key_type(keys[0].dtype, FP64)
+    if PLAN.ptx:
+        KEY: tl.constexpr = _key_type(keys[0].dtype, PLAN)
         ADDED: tl.constexpr = one is not None and KEY == "s32"
         return tl.inline_asm_elementwise(
             _ptx(KIND, COUNT, FIRST, RANKS, KEY, ADDED),
@@ -169,64 +169,64 @@ def _run(keys, KIND: tl.constexpr, FIRST: tl.constexpr, K: tl.constexpr, NVIDIA:
 
 
 @triton.jit
-def is_less(a, b, FP64: tl.constexpr):
-    """Whether key a comes after key b; with FP64, int64 keys are ordered as doubles."""
-    if FP64 and a.dtype == tl.int64:
+def is_less(a, b, PLAN: tl.constexpr):
+    """Whether key a comes after key b; int64 keys are ordered as doubles where the plan says so."""
+    if PLAN.doubles and a.dtype == tl.int64:
         return a.to(tl.float64, bitcast=True) < b.to(tl.float64, bitcast=True)
     else:
         return a < b
 
 
 @triton.jit
-def is_turned(keys, NVIDIA: tl.constexpr, FP64: tl.constexpr):
+def is_turned(keys, PLAN: tl.constexpr):
     """1 where a key of a tuple comes after the one behind it, else 0."""
-    if NVIDIA:
-        KEY: tl.constexpr = _key_type(keys[0].dtype, FP64)
+    if PLAN.ptx:
+        KEY: tl.constexpr = _key_type(keys[0].dtype, PLAN)
         return tl.inline_asm_elementwise(
             _comparisons(len(keys), KEY), "=r," + _registers(KEY, len(keys)), keys, tl.int32, True, 1
         )
     else:
         turned = tl.zeros_like(keys[0]).to(tl.int32)
         for i in tl.static_range(1, len(keys)):
-            turned = turned | is_less(keys[i - 1], keys[i], FP64).to(tl.int32)
+            turned = turned | is_less(keys[i - 1], keys[i], PLAN).to(tl.int32)
         return turned
 
 
 @triton.jit
-def sort(keys, K: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr, one=None):
+def sort(keys, K: tl.constexpr, PLAN: tl.constexpr, one=None):
     """The K best of a tuple, descending."""
-    return _run(keys, "sort", 0, K, NVIDIA, FP64, one)
+    return _run(keys, "sort", 0, K, PLAN, one)
 
 
 @triton.jit
-def merge(keys, FIRST: tl.constexpr, K: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr, one=None):
+def merge(keys, FIRST: tl.constexpr, K: tl.constexpr, PLAN: tl.constexpr, one=None):
     """The K best of two descending tuples, one of FIRST keys and what is behind it, descending."""
-    return _run(keys, "merge", FIRST, K, NVIDIA, FP64, one)
+    return _run(keys, "merge", FIRST, K, PLAN, one)
 
 
 @triton.jit
-def best_of(keys, FIRST: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr, one=None):
+def best_of(keys, FIRST: tl.constexpr, PLAN: tl.constexpr, one=None):
     """The FIRST best of two descending tuples, one of FIRST keys and one of no more behind it, in no order but ready
     for `bitonic`."""
-    return _run(keys, "best of", FIRST, FIRST, NVIDIA, FP64, one)
+    return _run(keys, "best of", FIRST, FIRST, PLAN, one)
 
 
 @triton.jit
-def bitonic(keys, NVIDIA: tl.constexpr, FP64: tl.constexpr, one=None):
+def bitonic(keys, PLAN: tl.constexpr, one=None):
     """Sort, descending, a tuple that rises and then falls, or starts anywhere on such a circle; of a power of two."""
-    return _run(keys, "bitonic", 0, len(keys), NVIDIA, FP64, one)
+    return _run(keys, "bitonic", 0, len(keys), PLAN, one)
 
 
 @triton.jit
-def merge_best(keys, FIRST: tl.constexpr, K: tl.constexpr, NVIDIA: tl.constexpr, FP64: tl.constexpr, one=None):
+def merge_best(keys, FIRST: tl.constexpr, K: tl.constexpr, PLAN: tl.constexpr, one=None):
     """As `merge`, of tuples of which the one behind is no longer; of K comparators a step where K allows."""
     if K == FIRST and K & (K - 1) == 0:
-        return bitonic(best_of(keys, FIRST, NVIDIA, FP64, one), NVIDIA, FP64, one)
+        return bitonic(best_of(keys, FIRST, PLAN, one), PLAN, one)
     else:
-        return merge(keys, FIRST, K, NVIDIA, FP64, one)
+        return merge(keys, FIRST, K, PLAN, one)
 
 
 @triton.jit
-def settle(keys, NVIDIA: tl.constexpr, FP64: tl.constexpr):
+def settle(keys, PLAN: tl.constexpr):
     """Two steps of an odd-even transposition sort."""
-    return _run(keys, "settle", 0, len(keys), NVIDIA, FP64, None)
+    return _run(keys, "settle", 0, len(keys), PLAN, None)

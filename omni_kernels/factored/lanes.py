@@ -1,0 +1,380 @@
+"""The kernel for few experts a token: a few lanes of a warp share a token, and each sorts in its own registers.
+
+The even lanes of a token read its row of x and the odd ones its row of y, each a segment of it, and find the k best of
+what they read (rows.py). Lanes of the same row merge their lists by shuffles. Then each even lane trades lists with its
+odd neighbour, and both search half of the staircase (pairs.py). Two lanes a token do the least work in all. More lanes
+answer sooner, which is what few tokens need.
+
+A row passes through shared memory (ptx.py) in tiles of tile_n columns, which a warp copies together in whole cache
+lines. Of transposed logits several warps copy a tile together, since a line holds one column of many tokens.
+"""
+
+import dataclasses
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from ..configs import compares_doubles, interpreting, on_nvidia
+from .keys import bit_length, unpack
+from .networks import merge, merge_best
+from .pairs import fill_masked, first_pair, select_pairs
+from .plan import Plan, count
+from .ptx import (
+    allocate_rows,
+    copy_columns,
+    copy_rows,
+    hide,
+    partner,
+    partners,
+    store_row,
+    store_shared,
+    sync_warp,
+    turn_columns,
+    wait_for_rows,
+)
+from .rows import (
+    best_in_loops,
+    best_of_groups,
+    candidates_of_tile,
+    chunks_listed,
+    columns_are_vectors,
+    exact_keys,
+    lowest_keys,
+    row_alignment,
+    shift,
+    top_of_strided_segment,
+)
+
+MAX_EXPERTS_PER_TOKEN = 32  # more would not fit in a lane's registers
+TILE_BYTES = 512  # what of a row a lane has at hand at once
+LOOPED_TILE = 256  # columns of a tile that loops go over, where a multiprocessor has the shared memory for it
+TRANSPOSED_TILE = 128  # columns of a tile that several warps copy together; a program has 48 KiB for it
+MIN_TILE = 64  # columns below which a tile is not worth its merge
+SUM_BITS = 9  # the fraction that nearly all sums of bf16 logits need
+MANY_LANES = 16  # of a token, where there are few tokens
+WARPS_OF_FEW_TOKENS = 3  # that a scheduler gets, at N = 256, before two lanes a token are faster
+STAGED_BYTES = 128  # of a row a lane; fewer are read straight from global memory
+
+
+@dataclasses.dataclass(frozen=True)
+class LanesPlan(Plan):
+    """How lanes_kernel is launched."""
+
+    lanes: int  # of a warp that share a token
+    segment: int  # columns a lane reads
+    tile_n: int  # columns of a segment that are read at once; 0: logit by logit
+    vector: int  # bytes of a load
+    group: int  # keys sorted at once
+    chunk: int  # columns of which only the maximum is sorted at first
+    staged: bool  # whether a warp copies its rows to shared memory together
+    transposed: bool  # whether several warps copy columns together
+    priority: str  # of the rows, in L2: "evict_first" or "evict_normal"
+    looped: bool  # whether loops over short networks sort a tile
+    short_keys: bool  # whether fp32 logits are first sorted by the upper bits that fit beside a column in 32
+    short_pairs: bool  # whether keys of pairs have 32 bits, where the sums leave room for it
+    add_minima: bool  # whether the smaller of two keys is their sum less the larger
+    doubles: bool  # whether keys of 64 bits order as doubles
+    ptx: bool  # whether helpers are PTX instructions; the interpreter runs none
+
+    def why(self):
+        read = "one by one"
+        if self.tile_n:
+            read = f"in tiles of {self.tile_n} columns, {self.vector} bytes a load"
+            read += ", staged through shared memory" if self.staged else ", straight from global memory"
+            read += " by columns" if self.transposed else ""
+        reason = "there are many tokens" if self.lanes == 2 else "there are few tokens"
+        return (
+            f"lanes_kernel, since k is at most {MAX_EXPERTS_PER_TOKEN}: {self.lanes} lanes a token, since {reason}; "
+            f"{count(self.tokens, 'token')} and {count(self.num_warps, 'warp')} a program; rows read {read}."
+        )
+
+    @property
+    def kernel(self):
+        return lanes_kernel
+
+    @property
+    def threads(self):
+        """The lanes of a program: its warps', and in the interpreter, which runs programs one by one, many more."""
+        return 32 * self.num_warps if self.ptx else 1024
+
+    @property
+    def tokens(self):
+        """The tokens of a program."""
+        return self.threads // self.lanes
+
+    @property
+    def side(self):
+        """The rows of a lane's half of the staircase."""
+        return min(math.isqrt(self.k), self.num_expert_sqrt)
+
+    @property
+    def ragged(self):
+        """Whether segments do not divide the row: the last ones begin early then, and skip what others have read."""
+        return self.lanes // 2 * self.segment != self.num_expert_sqrt
+
+    @property
+    def own(self):
+        """The keys that a lane keeps of its segment."""
+        return min(self.ranks, self.segment)
+
+    @property
+    def tiles(self):
+        return self.segment // max(self.tile_n, 1)
+
+    @property
+    def sort_key(self):
+        """What kind of keys (keys.py) a tile is sorted by."""
+        return bit_length(self.tile_n - 1) if self.short_keys else self.element_ty
+
+    @property
+    def listed(self):
+        """The keys that are kept of a tile: where short keys do, nearly always, two more than needed tell."""
+        return min(self.own + 2, self.tile_n) if self.short_keys else self.own
+
+    @property
+    def chunk_key(self):
+        """What kind of keys chunks are sorted by."""
+        return bit_length(self.tile_n // self.chunk - 1) if self.short_keys else self.element_ty
+
+    @property
+    def pitch(self):
+        """The bytes from row to row in shared memory. Rows an odd number of vectors apart meet every bank once."""
+        behind = chunks_listed(self) if self.looped else 0
+        vectors = -(-(self.tile_n * self.itemsize + behind) // self.vector)
+        return (vectors | 1) * self.vector
+
+    @property
+    def parts(self):
+        """The pieces in which a tile arrives."""
+        return self.tile_n // (self.chunk * self.group) if self.looped else 1
+
+    @property
+    def row_bits(self):
+        """The bits of a wide key of a pair that hold its row; row, rank and column share 31."""
+        return _row_bits(self.k)
+
+    @property
+    def split(self):
+        """Whether both lanes finish half of a token's pairs: where all pairs of one may be among the k best."""
+        return self.k > 1 and self.k & (self.k - 1) == 0 and first_pair(self.side, self) >= self.k
+
+
+@triton.jit
+def _copy_tile(buffer, segment, x_ptr, y_ptr, stride_xn, stride_yn, first_token, num_tokens, column, wanted,
+               PLAN: tl.constexpr):  # fmt: skip
+    """Start copying the tile of every lane's segment that begins at a column of it, if wanted."""
+    wanted = wanted.to(tl.int32)
+    if PLAN.transposed:
+        copy_columns(buffer, x_ptr, y_ptr, stride_xn, stride_yn, first_token, num_tokens, column, wanted, PLAN)
+    else:
+        copy_rows(buffer, segment + (column * PLAN.itemsize).to(tl.int64), wanted, PLAN)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def lanes_kernel(
+    x_ptr, y_ptr, scores_ptr, indices_ptr,
+    stride_xm, stride_xn, stride_ym, stride_yn,
+    num_tokens,
+    PLAN: tl.constexpr,
+):  # fmt: skip
+    RANKS: tl.constexpr = PLAN.ranks
+    lane = tl.arange(0, PLAN.threads)
+    odd = lane % 2 == 1
+    # A one as far as a compiler can know.
+    one = lane * 0 + tl.minimum(num_tokens, 1).to(tl.int32) if PLAN.add_minima else None
+    stride_n = tl.where(odd, stride_yn, stride_xn)
+    first_column = tl.minimum(lane % PLAN.lanes // 2 * PLAN.segment, PLAN.num_expert_sqrt - PLAN.segment)
+    skip = lane % PLAN.lanes // 2 * PLAN.segment - first_column
+
+    first_token = tl.program_id(0).to(tl.int64) * PLAN.tokens
+    tokens = first_token + lane // PLAN.lanes
+    inside = tokens < num_tokens
+    read = tl.minimum(tokens, num_tokens - 1)  # lanes past the end route the last token again, and store nothing
+    x_ptrs, y_ptrs = x_ptr + read * stride_xm, y_ptr + read * stride_ym
+    row_ptrs = tl.where(odd, y_ptrs, x_ptrs)
+    if PLAN.tile_n > 0:
+        segment = row_ptrs.to(tl.int64) + first_column * PLAN.itemsize
+        if PLAN.staged:
+            buffer = allocate_rows(lane, PLAN.threads * PLAN.pitch)
+            _copy_tile(
+                buffer, segment, x_ptr, y_ptr, stride_xn, stride_yn, first_token, num_tokens, lane * 0, lane >= 0, PLAN
+            )  # fmt: skip
+        best = lowest_keys(lane.to(tl.int64) if PLAN.element_ty == tl.float32 else lane, PLAN.own, PLAN)
+        for step in tl.range(PLAN.tiles):
+            # Hidden, or LLVM would count the columns in 64 bits, and sort keys of 64 bits to subtract them from.
+            column = hide(lane * 0 + step * PLAN.tile_n)
+            row = segment + column * PLAN.itemsize
+            if PLAN.staged:
+                row = buffer + lane * PLAN.pitch
+                if PLAN.looped:
+                    more, doubt = best_in_loops(row, buffer, PLAN, one)
+                else:
+                    wait_for_rows(lane * 0, 1)
+                    if PLAN.transposed:
+                        turn_columns(buffer, 0, PLAN.tile_n, PLAN)
+            if not PLAN.looped:
+                keys, doubt = candidates_of_tile(row, skip - column, PLAN, one)
+                if PLAN.short_keys:
+                    more = best_of_groups(keys, PLAN.listed, PLAN, one)
+            if PLAN.short_keys:
+                more = exact_keys(more, row, doubt, PLAN)
+            if PLAN.staged and PLAN.tiles > 1:  # where the tile is not read again
+                _copy_tile(
+                    buffer, segment, x_ptr, y_ptr, stride_xn, stride_yn, first_token, num_tokens, column + PLAN.tile_n,
+                    lane * 0 + step + 1 < PLAN.tiles, PLAN,
+                )  # fmt: skip
+            if not (PLAN.looped or PLAN.short_keys):
+                more = best_of_groups(keys, PLAN.own, PLAN, one)
+            if PLAN.tiles == 1:
+                best = more
+            else:
+                best = merge(best + shift(more, column, PLAN), PLAN.own, PLAN.own, PLAN, one)
+        if PLAN.lanes > 2:
+            best = shift(best, first_column, PLAN)
+    else:
+        best = top_of_strided_segment(row_ptrs, stride_n, first_column, skip, PLAN)
+    if PLAN.lanes > 4 and PLAN.own == RANKS and RANKS > 8 and PLAN.element_ty == tl.float32:
+        # A loop, since long networks of wide keys take longer to fetch than to execute; a compiler that knew how often
+        # it runs would write it out.
+        for level in tl.range(1, bit_length(PLAN.lanes) - 2 + tl.minimum(num_tokens, 1).to(tl.int32)):
+            more = partners(best, (lane * 0 + 1) << level, PLAN)
+            best = merge_best(best + more, RANKS, RANKS, PLAN, one)
+    else:
+        for level in tl.static_range(1, bit_length(PLAN.lanes) - 1):
+            both = best + partners(best, 1 << level, PLAN)
+            best = merge_best(both, len(best), min(RANKS, len(both)), PLAN, one)
+    # Each lane looks at one of the two ways they may meet; its NaN reaches the other lane with its values.
+    KEY: tl.constexpr = PLAN.element_ty
+    first, last = unpack(best[0], KEY, PLAN)[0], unpack(best[RANKS - 1], KEY, PLAN)[0]
+    widest = first + partner(last, 1, PLAN)
+    poison = tl.where(widest == widest, 0.0, float("nan"))
+    columns = lane
+    if PLAN.short_pairs:
+        columns = buffer + (lane | 1) * PLAN.pitch
+        for rank in tl.static_range(RANKS):
+            column = unpack(best[rank], KEY, PLAN)[1]
+            store_shared(buffer + lane * PLAN.pitch + rank * 4, column, 32, lane >= 0)
+        sync_warp(lane)
+    scores, indices, lost = select_pairs(best, poison, odd, columns, PLAN.short_pairs, PLAN, one)
+    if PLAN.short_pairs:
+        for _ in tl.range(tl.max(lost, 0)):
+            again = ()
+            for rank in tl.static_range(RANKS):
+                again = again + (hide(best[rank]),)  # or what both ways have in common would stay in registers
+            # Hidden, or LLVM, which does not know that lanes shuffle here, might give the odd ones a loop of their own.
+            is_odd = hide(odd.to(tl.int32)) != 0
+            scores, indices, lost = select_pairs(again, poison, is_odd, columns, False, PLAN, None)
+
+    SLOTS: tl.constexpr = PLAN.k // 2 if PLAN.split else PLAN.k
+    writes = inside & (lane % PLAN.lanes < (2 if PLAN.split else 1))
+    outputs = tokens * PLAN.k + (lane % 2 * SLOTS if PLAN.split else 0)
+    rounded = ()
+    for slot in tl.static_range(SLOTS):
+        rounded = rounded + (scores[slot].to(scores_ptr.dtype.element_ty),)
+    store_row(scores_ptr + outputs, rounded, writes, PLAN)
+    store_row(indices_ptr + outputs, indices, writes, PLAN)
+
+    ordinary = inside & (poison == 0.0) & (first < float("inf")) & (partner(first, 1, PLAN) < float("inf"))
+    fill = ordinary & (scores[SLOTS - 1] == float("-inf"))
+    if tl.max(fill.to(tl.int32), 0) != 0:
+        num_finite = tl.zeros_like(lane)
+        for slot in tl.static_range(SLOTS):
+            num_finite += (scores[slot] > float("-inf")).to(tl.int32)
+        if PLAN.split:
+            num_finite += partner(num_finite, 1, PLAN)
+        tl.debug_barrier()  # after the neighbour's stores
+        fill_masked(
+            x_ptrs, y_ptrs, indices_ptr + tokens * PLAN.k, stride_xn, stride_yn, num_finite,
+            ordinary & (lane % PLAN.lanes == 0), PLAN,
+        )  # fmt: skip
+
+
+def plan_for(x, y, k, scores_dtype, few_tokens=None):
+    """The plan for these logits; for few tokens or many, whatever their number, where few_tokens says so."""
+    num_tokens, num_expert_sqrt = x.shape
+    if few_tokens is None:
+        few_tokens = num_tokens <= most_few_tokens(num_expert_sqrt, x.device)
+    lanes = lanes_of_few_tokens(num_expert_sqrt, x.element_size()) if few_tokens else 2
+    layout = row_alignment(x, y), columns_are_vectors(x, y)
+    return plan_of(num_expert_sqrt, k, x.dtype, scores_dtype, *layout, compares_doubles(x.device), lanes)
+
+
+@functools.cache
+def plan_of(num_expert_sqrt, k, dtype, scores_dtype, alignment, transposed, doubles, lanes):
+    """The plan of a problem: among the rest how a lane reads its segment, in tiles, or logit by logit.
+
+    alignment: of the rows, in bytes; 0 where their logits do not lie side by side. transposed: `columns_are_vectors`.
+    Short segments come straight from global memory, where a staged copy would only add its latency.
+    """
+    itemsize = dtype.itemsize
+    row = num_expert_sqrt * itemsize
+    transposed = transposed and lanes == 2 and row % 128 == 0
+    vector = 16 if transposed else min(alignment, row & -row)  # bytes of a load
+    ranks = min(k, num_expert_sqrt)
+    group = min(32, max(8, 1 << (ranks - 1).bit_length()))
+    reading = {"segment": -(-num_expert_sqrt // (lanes // 2)), "tile_n": 0, "chunk": 1, "vector": 0}
+    staged = looped = short_keys = False
+    if vector >= 4 and not interpreting():
+        step = vector // itemsize
+        segment = -(-num_expert_sqrt // (lanes // 2 * step)) * step
+        ragged = lanes // 2 * segment != num_expert_sqrt
+        staged, short_keys = segment * itemsize >= STAGED_BYTES, dtype == torch.float32 and not ragged
+
+        def widest_tile(columns):
+            columns, unit = (min(columns, TRANSPOSED_TILE), 128 // itemsize) if transposed else (columns, step)
+            return next(n for n in range(min(segment, columns), 0, -1) if segment % n == 0 and n % unit == 0)
+
+        tile_n, chunk = widest_tile(LOOPED_TILE if itemsize == 2 or doubles else TILE_BYTES // 4), 4
+        looped = staged and not ragged and vector >= 4 * itemsize and group >= 16 and (itemsize == 2 or k <= 16)
+        looped = looped and tile_n >= 8 * k and tile_n % (4 * group) == 0
+        if not looped:
+            tile_n = widest_tile(TILE_BYTES // itemsize // (2 if k > 16 else 1))
+            chunks = (c for c in (4, 2) if 4 <= c * itemsize <= vector and tile_n % c == 0 and tile_n >= 2 * c * k)
+            chunk = 1 if ragged else next(chunks, 1)
+        if tile_n >= min(segment, MIN_TILE):
+            reading = {"segment": segment, "tile_n": tile_n, "chunk": chunk, "vector": vector}
+        else:
+            staged = looped = short_keys = False
+    transposed = transposed and staged
+    # A pair's sum may share 32 bits with row and rank where that leaves it the bits that sums of such logits have.
+    sum_bits = 23 - (num_expert_sqrt - 1).bit_length() - (ranks - 1).bit_length()
+    short_pairs = dtype == torch.bfloat16 and staged and k <= 16 and sum_bits >= SUM_BITS
+    short_pairs = short_pairs and reading["tile_n"] * itemsize >= 4 * ranks
+    # Two warps a program run closer together and share more of the code they fetch, which long code gains from.
+    warps = 2 if staged and itemsize == 2 and reading["tile_n"] * itemsize == TILE_BYTES else 1
+    warps = 8 // itemsize if transposed else warps  # whose tokens fill a cache line of a column
+    return LanesPlan(
+        num_expert_sqrt, k, dtype, scores_dtype, warps, lanes, **reading, group=group, staged=staged,
+        transposed=transposed, priority="evict_first", looped=looped, short_keys=short_keys, short_pairs=short_pairs,
+        add_minima=staged and lanes == 2 and k <= 16, doubles=doubles, ptx=not interpreting(),
+    )  # fmt: skip
+
+
+def _row_bits(k):
+    return (31 - (k - 1).bit_length()) // 2
+
+
+def most_few_tokens(num_expert_sqrt, device):
+    """The largest number of tokens that many lanes share each: what leaves a scheduler few warps; more of long rows."""
+    return int(_num_lanes(device) * WARPS_OF_FEW_TOKENS * (num_expert_sqrt / 256) ** 0.5 / MANY_LANES)
+
+
+def lanes_of_few_tokens(num_expert_sqrt, itemsize):
+    """How many lanes share a token where there are few: each reads 16 bytes of a row, at least."""
+    longest = num_expert_sqrt * itemsize // 8
+    return max(2, min(MANY_LANES, 1 << longest.bit_length() >> 1))
+
+
+@functools.cache
+def _num_lanes(device):
+    """The lanes of a GPU whose every scheduler, four in a multiprocessor, has one warp; in the interpreter, few."""
+    return torch.cuda.get_device_properties(device).multi_processor_count * 4 * 32 if device.type == "cuda" else 64
+
+
+def runs_on(device, num_expert_sqrt, num_experts_per_token):
+    """Whether this kernel takes the size, and the device: NVIDIA GPUs from Ampere on, or the interpreter."""
+    fits = num_experts_per_token <= MAX_EXPERTS_PER_TOKEN and num_expert_sqrt <= 1 << _row_bits(num_experts_per_token)
+    return fits and (interpreting() or on_nvidia(device))

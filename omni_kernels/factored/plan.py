@@ -1,0 +1,164 @@
+"""What a launch is, said once, and how a launch is repeated without saying it again.
+
+A plan holds everything about a launch: the kernel, its tiles and warps, how it reads rows and orders keys, the grid.
+The rules in a kernel's file decide it for a problem: N, k, dtypes, layout, device, few or many tokens. The kernel and
+its helpers read it as one constant, PLAN. All kernels of this folder have plans, and so has the gradient (backward.py).
+
+A `Launch` is a plan whose kernel is compiled. Launching it again skips what Triton does for every call: binding the
+arguments, looking at each of them, looking up the binary.
+"""
+
+import contextlib
+import dataclasses
+import threading
+
+import torch
+import triton
+import triton.language as tl
+
+from ..configs import OPTIONS, compiled
+
+MAX_PROBLEMS = 4096  # whose launches are kept
+ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan(dict):
+    """What is common to the plans of all kernels. `print` one to read it; change one with `dataclasses.replace`.
+
+    It is a dictionary of its fields as well, since Triton hands the constants of a kernel to compile hooks as JSON.
+    """
+
+    num_expert_sqrt: int
+    k: int
+    dtype: torch.dtype  # of the logits
+    scores_dtype: torch.dtype
+    num_warps: int
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            self[name] = value if isinstance(value, int | str) else str(value)
+
+    def __format__(self, _):
+        """All of it: Triton tells functions apart by what their constants look like in an f-string."""
+        return repr(self)
+
+    @property
+    def cache_key(self):
+        """What Triton tells binaries on disk apart by."""
+        return repr(self)
+
+    def __str__(self):
+        problem = f"{self.num_expert_sqrt} logits a factor in {_name(self.dtype)}, {self.k} experts a token"
+        return f"{self.why()} With {problem}, a token reads {self.bytes_read} bytes and writes {self.bytes_written}."
+
+    def grid(self, num_tokens):
+        """The number of programs."""
+        return -(-num_tokens // self.tokens)
+
+    @property
+    def bytes_read(self):
+        """Of a token: its logits."""
+        return 2 * self.num_expert_sqrt * self.dtype.itemsize
+
+    @property
+    def bytes_written(self):
+        """Of a token: its scores and indices."""
+        return self.k * (self.scores_dtype.itemsize + 4)
+
+    @property
+    def element_ty(self):
+        """Triton's name of the logits' dtype."""
+        return ELEMENTS[self.dtype]
+
+    @property
+    def itemsize(self):
+        return self.dtype.itemsize
+
+    @property
+    def ranks(self):
+        """How many columns of a row can be among the k best pairs."""
+        return min(self.k, self.num_expert_sqrt)
+
+
+def _name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def count(number, noun):
+    """A number of things, in words."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def launch(plan, num_tokens, *args):
+    """Launches the kernel of a plan as Triton does it: on any device, with any arguments."""
+    plan.kernel[(plan.grid(num_tokens),)](*args, PLAN=plan, num_warps=plan.num_warps, **OPTIONS)
+
+
+class Launches(dict):
+    """What is known of problems whose kernels are compiled, by all that tells their binaries apart."""
+
+    def keep(self, problem, known):
+        if len(self) >= MAX_PROBLEMS:  # strides may differ from call to call
+            self.clear()
+        self[problem] = known
+
+
+class Launch:
+    """The launches of a plan's kernel on one NVIDIA GPU, with arguments that Triton compiles the same binary for.
+
+    Those are four tensors of the same dtypes and alignment to 16 bytes, and the same numbers but for the number of
+    tokens. The caller sees to it.
+    """
+
+    __slots__ = ("_binary", "_function", "_lock", "_run", "device", "plan")
+
+    def __init__(self, plan, device):
+        self.plan, self.device = plan, device
+        self._run, self._lock = None, threading.Lock()
+
+    def __call__(self, num_tokens, a, b, c, d, *numbers):
+        """Launches on the current stream of the GPU, whichever GPU is the current one."""
+        if torch.cuda.current_device() != self.device:
+            with torch.cuda.device(self.device):
+                return self(num_tokens, a, b, c, d, *numbers)
+        runtime = triton.knobs.runtime
+        if runtime.debug or runtime.add_stages_inspection_hook or triton.knobs.compilation.instrumentation_mode:
+            return launch(self.plan, num_tokens, a, b, c, d, *numbers)  # somebody asks for another binary
+        if self._run is None:
+            self.compile(a, b, c, d, *numbers)
+        grid, stream = self.plan.grid(num_tokens), torch._C._cuda_getCurrentRawStream(self.device)
+        # Of a tensor Triton's launcher would ask the driver whether the GPU can read it.
+        args = a.data_ptr(), b.data_ptr(), c.data_ptr(), d.data_ptr(), *numbers, self.plan
+        metadata = self._binary.launch_metadata((grid, 1, 1), stream, *args)
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        self._run(grid, 1, 1, stream, *self._function, metadata, enter, leave, *args)
+
+    def compile(self, *args):
+        """Compiles the kernel for arguments like these. If somebody does so already, waits for that."""
+        with self._lock:
+            if self._run is None:
+                binary = compiled(self.plan.kernel, *args, PLAN=self.plan, num_warps=self.plan.num_warps)
+                run = binary.run  # loads it, and then there is a function
+                self._binary, self._function = binary, (binary.function, binary.packed_metadata)
+                self._run = run
+
+    def compile_later(self, *args):
+        """The same in a thread of its own, which keeps none of the tensors."""
+        likes = [_Like(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
+
+        def work():
+            with contextlib.suppress(Exception), torch.cuda.device(self.device):  # a launch will raise it again
+                self.compile(*likes)
+
+        threading.Thread(target=work).start()
+
+
+class _Like:
+    """What Triton looks at in a tensor."""
+
+    def __init__(self, tensor):
+        self.dtype, self._address = tensor.dtype, tensor.data_ptr() % 16
+
+    def data_ptr(self):
+        return self._address
