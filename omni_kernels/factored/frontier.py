@@ -69,9 +69,9 @@ class FrontierPlan(Plan):
         read = f"{self.vector} bytes a load" if self.vector else "one by one"
         place = "registers" if self.in_registers else "local memory"
         return (
-            f"frontier_kernel, since lanes_kernel does not take this k and N: 2 lanes a token, {self.tokens} tokens and "
-            f"1 warp a program; rows read {read}, sorted in pieces of {self.piece} columns and merged in {place}; pairs "
-            f"taken one by one."
+            f"frontier_kernel, since lanes_kernel does not take this size: 2 lanes a token, {self.tokens} tokens and "
+            f"1 warp a program; rows read {read}, sorted in pieces of {self.piece} columns and merged in {place}; "
+            "pairs taken one by one."
         )
 
     @property

@@ -32,8 +32,8 @@ class TilePlan(Plan):
     def why(self):
         return (
             f"tile_kernel, which runs wherever Triton does: {count(self.tokens, 'token')} and "
-            f"{count(self.num_warps, 'warp')} a program; rows read in tiles of {self.tile_n} columns, and the maxima of "
-            f"chunks of {self.chunk} sorted first."
+            f"{count(self.num_warps, 'warp')} a program; rows read in tiles of {self.tile_n} columns, of which the "
+            f"maxima of chunks of {self.chunk} are sorted first."
         )
 
     @property
