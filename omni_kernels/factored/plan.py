@@ -151,7 +151,7 @@ class Launch:
             with contextlib.suppress(Exception), torch.cuda.device(self.device):  # a launch will raise it again
                 self.compile(*likes)
 
-        threading.Thread(target=work).start()
+        threading.Thread(target=work, name="omni_kernels compile").start()
 
 
 class _Like:
