@@ -58,10 +58,17 @@ def pack(value, index, KEY: tl.constexpr = tl.float32, PLAN: tl.constexpr = None
     MASK: tl.constexpr = (1 << index_bits(KEY)) - 1
     if KEY == tl.float32:
         return pack_wide(value, tl.zeros_like(value).to(tl.int32) + (MASK - index), PLAN)
+    elif KEY == tl.float16 and PLAN is not None and PLAN.ptx:
+        return tl.inline_asm_elementwise(
+            """{ .reg .b16 zero, half; .reg .b32 bits, sign;
+            add.f32 bits, $1, 0f00000000; cvt.rn.f16.f32 half, bits; mov.b16 zero, 0; mov.b32 bits, {zero, half};
+            shr.s32 sign, bits, 31; and.b32 sign, sign, 0x7FFF0000; xor.b32 bits, bits, sign; or.b32 $0, bits, $2; }""",
+            "=r,f,r", [value, tl.zeros_like(value).to(tl.int32) + (MASK - index)], tl.int32, True, 1,
+        )  # fmt: skip
     elif KEY == tl.float16:
         bits = (value + 0.0).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16
         key = bits ^ ((bits >> 31) & 0x7FFF0000)
-        return (key if PLAN is not None and PLAN.ptx else tl.where(value == value, key, 0x7FFF0000)) | (MASK - index)
+        return tl.where(value == value, key, 0x7FFF0000) | (MASK - index)
     else:
         return (float_to_key(value, PLAN) & ~MASK) | (MASK - index)
 
@@ -89,7 +96,15 @@ def pack_wide(value, low, PLAN: tl.constexpr):
     Where the plan says doubles, the keys order as such. The value's pattern is a double's high word, which orders by
     sign and magnitude as fp32 does. So negative keys turn the low word around, and NaN becomes a number as a double.
     """
-    if PLAN is not None and PLAN.doubles:
+    if PLAN is not None and PLAN.doubles and PLAN.itemsize == 4:
+        # One operation, since a compiler takes time for each.
+        return tl.inline_asm_elementwise(
+            """{ .reg .b32 bits, low, sign;
+            add.f32 bits, $1, 0f00000000; min.s32 bits, bits, 0x7FEFFFFF;
+            shr.s32 sign, bits, 31; xor.b32 low, $2, sign; mov.b64 $0, {low, bits}; }""",
+            "=l,f,r", [value, low], tl.int64, True, 1,
+        )  # fmt: skip
+    elif PLAN is not None and PLAN.doubles:
         bits = tl.minimum((value + 0.0).to(tl.int32, bitcast=True), 0x7FEFFFFF)
         low = low ^ (bits >> 31)
         return (bits.to(tl.int64) << 32) | low.to(tl.uint32, bitcast=True).to(tl.int64)
@@ -100,6 +115,11 @@ def pack_wide(value, low, PLAN: tl.constexpr):
 @triton.jit
 def unpack_wide(key, PLAN: tl.constexpr):
     """The inverse of `pack_wide`."""
+    if PLAN is not None and PLAN.doubles and PLAN.itemsize == 4:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 sign; mov.b64 {$1, $0}, $2; shr.s32 sign, $0, 31; xor.b32 $1, $1, sign; }",
+            "=&f,=&r,l", [key], (tl.float32, tl.int32), True, 1,
+        )  # fmt: skip
     high, low = (key >> 32).to(tl.int32), key.to(tl.int32)
     if PLAN is not None and PLAN.doubles:
         return high.to(tl.float32, bitcast=True), low ^ (high >> 31)

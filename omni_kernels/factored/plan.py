@@ -10,6 +10,7 @@ arguments, looking at each of them, looking up the binary.
 
 import contextlib
 import dataclasses
+import sys
 import threading
 
 import torch
@@ -19,6 +20,8 @@ import triton.language as tl
 from ..configs import OPTIONS, compiled
 
 MAX_PROBLEMS = 4096  # whose launches are kept
+
+_polite = threading.Lock()  # of one thread at a time
 ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -126,32 +129,50 @@ class Launch:
         if runtime.debug or runtime.add_stages_inspection_hook or triton.knobs.compilation.instrumentation_mode:
             return launch(self.plan, num_tokens, a, b, c, d, *numbers)  # somebody asks for another binary
         if self._run is None:
-            self.compile(a, b, c, d, *numbers)
+            self._load(self._compile(a, b, c, d, *numbers))
         grid, stream = self.plan.grid(num_tokens), torch._C._cuda_getCurrentRawStream(self.device)
         # Of a tensor Triton's launcher would ask the driver whether the GPU can read it.
         args = a.data_ptr(), b.data_ptr(), c.data_ptr(), d.data_ptr(), *numbers, self.plan
-        metadata = self._binary.launch_metadata((grid, 1, 1), stream, *args)
-        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        enter, leave, metadata = runtime.launch_enter_hook, runtime.launch_exit_hook, None
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+            metadata = self._binary.launch_metadata((grid, 1, 1), stream, *args)
+        else:
+            enter = leave = None  # calling chains of no hooks takes time
         self._run(grid, 1, 1, stream, *self._function, metadata, enter, leave, *args)
 
-    def compile(self, *args):
-        """Compiles the kernel for arguments like these. If somebody does so already, waits for that."""
+    def _load(self, binary):
+        run = binary.run  # loads it, and then there is a function
+        self._binary, self._function = binary, (binary.function, binary.packed_metadata)
+        self._run = run
+
+    def _compile(self, *args):
+        """The binary for arguments like these. If somebody compiles it already, waits for that."""
         with self._lock:
-            if self._run is None:
-                binary = compiled(self.plan.kernel, *args, PLAN=self.plan, num_warps=self.plan.num_warps)
-                run = binary.run  # loads it, and then there is a function
-                self._binary, self._function = binary, (binary.function, binary.packed_metadata)
-                self._run = run
+            return compiled(self.plan.kernel, *args, PLAN=self.plan, num_warps=self.plan.num_warps)
 
     def compile_later(self, *args):
-        """The same in a thread of its own, which keeps none of the tensors."""
+        """Has Triton compile the kernel in a thread of its own, which keeps none of the tensors, and loads nothing."""
         likes = [_Like(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
 
         def work():
-            with contextlib.suppress(Exception), torch.cuda.device(self.device):  # a launch will raise it again
-                self.compile(*likes)
+            # What it raises, a launch will raise again.
+            with contextlib.suppress(Exception), torch.cuda.device(self.device), _politely():
+                self._compile(*likes)
 
         threading.Thread(target=work, name="omni_kernels compile").start()
+
+
+@contextlib.contextmanager
+def _politely():
+    """Lets other threads have Python's interpreter within microseconds when they ask for it, where they would wait
+    for milliseconds, at every operation of PyTorch."""
+    with _polite:
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        try:
+            yield
+        finally:
+            sys.setswitchinterval(interval)
 
 
 class _Like:

@@ -45,39 +45,62 @@ def copy_rows(buffer, address, wanted, PLAN: tl.constexpr):
     PLAN.parts equal parts, and `wait_for_rows` can wait for each.
     """
     thread = tl.arange(0, buffer.shape[0])
-    lane = thread % 32
-    rows = buffer + (thread - lane) * PLAN.pitch  # of the warp
-    PARTS: tl.constexpr = PLAN.parts
-    PER_ROW: tl.constexpr = PLAN.tile_n * PLAN.itemsize // (PLAN.vector * PARTS)
-    policy = _policy(lane, PLAN)
-    sync_warp(lane)
-    for part in tl.static_range(PARTS):
-        for step in tl.static_range(PER_ROW):
-            _copy_of_row(rows, address, step * 32 + lane, part * PER_ROW, wanted, policy, PER_ROW, PLAN)
-        _commit(lane)
+    rows = buffer + (thread - thread % 32) * PLAN.pitch  # of the warp
+    sync_warp(thread)
+    tl.inline_asm_elementwise(
+        _copies(PLAN), "=r,r,l,r,l", [rows, address, wanted, _policy(thread, PLAN)], tl.int32, False, 1
+    )
 
 
-@triton.jit
-def _copy_of_row(rows, address, vector, first, wanted, policy, PER_ROW: tl.constexpr, PLAN: tl.constexpr):
-    """Start copying one of the vectors from `first` on, of which each of the warp's rows has PER_ROW."""
-    owner, offset = vector // PER_ROW, (first + vector % PER_ROW) * PLAN.vector
-    source = _of_lane(address, owner) + offset.to(tl.int64)
-    _copy_vector(rows + owner * PLAN.pitch + offset, source, wanted, policy, PLAN.vector)
+@triton.constexpr_function
+def _copies(plan):
+    """PTX that copies a tile of each of a warp's 32 rows: $1 is where they go, $2 a lane's own row, $3 if at all.
+
+    The lanes go through the vectors of a part row by row, and ask the lane that owns a row for its address. One
+    operation for all of it, since a compiler takes time for each.
+    """
+    per_row = plan.tile_n * plan.itemsize // (plan.vector * plan.parts)
+    mode = "cg" if plan.vector == 16 else "ca"
+    lines = [
+        ".reg .pred p; .reg .b32 lane, vector, first, owner, offset, place, low, high, own_low, own_high;",
+        ".reg .b64 source, offset_wide;",
+        "setp.ne.s32 p, $3, 0; mov.u32 lane, %laneid; mov.b64 {own_low, own_high}, $2;",
+    ]
+    for part in range(plan.parts):
+        for step in range(per_row):
+            # Where a step is whole rows, or a part of one, all steps have their places in common.
+            if 32 % per_row and per_row % 32:
+                start, behind = 32 * step, (0, 0)
+            else:
+                start, behind = 0, divmod(32 * step, per_row)
+            if start or not step:
+                lines.append(f"""
+                add.s32 vector, lane, {start};
+                {_divide("first", "vector", per_row)}
+                mad.lo.s32 offset, first, {-per_row}, vector;
+                mul.lo.s32 offset, offset, {plan.vector};
+                mad.lo.s32 place, first, {plan.pitch}, offset;
+                add.s32 place, place, $1;
+                cvt.s64.s32 offset_wide, offset;""")
+            to_source = (part * per_row + behind[1]) * plan.vector
+            lines.append(f"""
+            add.s32 owner, first, {behind[0]};
+            shfl.sync.idx.b32 low, own_low, owner, 31, 0xffffffff;
+            shfl.sync.idx.b32 high, own_high, owner, 31, 0xffffffff;
+            mov.b64 source, {{low, high}};
+            add.s64 source, source, offset_wide;
+            @p cp.async.{mode}.shared.global.L2::cache_hint [place+{behind[0] * plan.pitch + to_source}],
+                [source+{to_source}], {plan.vector}, $4;""")
+        lines.append("cp.async.commit_group;")
+    return " ".join(["{", *lines, "mov.u32 $0, 0; }"])
 
 
-@triton.jit
-def _of_lane(address, owner):
-    """The address that another lane of the warp holds."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 low, high;
-        mov.b64 {low, high}, $1;
-        shfl.sync.idx.b32 low, low, $2, 31, 0xffffffff;
-        shfl.sync.idx.b32 high, high, $2, 31, 0xffffffff;
-        mov.b64 $0, {low, high};
-        }""",
-        "=l,l,r", [address, owner], tl.int64, False, 1,
-    )  # fmt: skip
+@triton.constexpr_function
+def _divide(quotient, number, divisor):
+    """PTX that divides a number below 2**13 by one up to 2**8: the assembler would divide."""
+    if divisor & (divisor - 1) == 0:
+        return f"shr.u32 {quotient}, {number}, {divisor.bit_length() - 1};"
+    return f"mul.lo.u32 {quotient}, {number}, {(1 << 22) // divisor + 1}; shr.u32 {quotient}, {quotient}, 22;"
 
 
 @triton.jit
