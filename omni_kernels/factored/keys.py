@@ -58,19 +58,53 @@ def pack(value, index, KEY: tl.constexpr = tl.float32, PLAN: tl.constexpr = None
     MASK: tl.constexpr = (1 << index_bits(KEY)) - 1
     if KEY == tl.float32:
         return pack_wide(value, tl.zeros_like(value).to(tl.int32) + (MASK - index), PLAN)
-    elif KEY == tl.float16 and PLAN is not None and PLAN.ptx:
-        return tl.inline_asm_elementwise(
-            """{ .reg .b16 zero, half; .reg .b32 bits, sign;
-            add.f32 bits, $1, 0f00000000; cvt.rn.f16.f32 half, bits; mov.b16 zero, 0; mov.b32 bits, {zero, half};
-            shr.s32 sign, bits, 31; and.b32 sign, sign, 0x7FFF0000; xor.b32 bits, bits, sign; or.b32 $0, bits, $2; }""",
-            "=r,f,r", [value, tl.zeros_like(value).to(tl.int32) + (MASK - index)], tl.int32, True, 1,
-        )  # fmt: skip
     elif KEY == tl.float16:
         bits = (value + 0.0).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16
         key = bits ^ ((bits >> 31) & 0x7FFF0000)
-        return tl.where(value == value, key, 0x7FFF0000) | (MASK - index)
+        return (key if PLAN is not None and PLAN.ptx else tl.where(value == value, key, 0x7FFF0000)) | (MASK - index)
     else:
         return (float_to_key(value, PLAN) & ~MASK) | (MASK - index)
+
+
+@triton.jit
+def pack_tuple(values, index, KEY: tl.constexpr, PLAN: tl.constexpr):
+    """The keys of a tuple of values whose indices count up from `index`."""
+    if PLAN.ptx and KEY != tl.float32:
+        COUNT: tl.constexpr = len(values)
+        return tl.inline_asm_elementwise(
+            _packing(COUNT, KEY), _operands("=&r", COUNT) + "," + _operands("f", COUNT) + ",r", values + (index,),
+            _copies(tl.int32, COUNT), True, 1,
+        )  # fmt: skip
+    else:
+        keys = ()
+        for i in tl.static_range(len(values)):
+            keys = keys + (pack(values[i], index + i, KEY, PLAN),)
+        return keys
+
+
+@triton.constexpr_function
+def _packing(count, KEY):
+    """PTX that packs `count` values into 32-bit keys; one operation, since a compiler takes time for each."""
+    mask = (1 << index_bits(KEY)) - 1
+    lines = []
+    for i in range(count):
+        bits = f"add.f32 bits, ${count + i}, 0f00000000;"
+        if KEY == tl.float16:
+            bits += " cvt.rn.f16.f32 half, bits; mov.b32 bits, {zero, half};"
+        lines.append(f"""{bits} shr.s32 sign, bits, 31; and.b32 sign, sign, 0x7FFFFFFF; xor.b32 bits, bits, sign;
+            and.b32 bits, bits, {~mask}; sub.s32 low, {mask - i}, ${2 * count}; or.b32 ${i}, bits, low;""")
+    declared = ".reg .b16 zero, half; .reg .b32 bits, sign, low; mov.b16 zero, 0;"
+    return " ".join(["{", declared, *lines, "}"])
+
+
+@triton.constexpr_function
+def _operands(constraint, count):
+    return ",".join([constraint] * count)
+
+
+@triton.constexpr_function
+def _copies(value, count):
+    return (value,) * count
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import math
 import triton
 import triton.language as tl
 
-from .keys import index_bits, lowest, pack, unpack
+from .keys import index_bits, lowest, pack_tuple, unpack
 from .networks import best_of, is_turned, merge, settle, sort
 from .ptx import (
     hide,
@@ -72,12 +72,12 @@ def _keys_of_maxima(row, first_chunk, CHUNKS: tl.constexpr, PLAN: tl.constexpr):
                 maxima = maxima + (_maximum(chunk),)
     keys = ()
     if PER_WORD == 1:
-        keys = _keys(maxima, first_chunk, PLAN.chunk_key, PLAN)
+        keys = pack_tuple(maxima, first_chunk, PLAN.chunk_key, PLAN)
     else:
         for i in tl.static_range(0, len(maxima), 2):
             chunk = first_chunk + i
             if i + 1 == len(maxima):
-                keys = keys + _keys((_maximum(unpack_word(maxima[i], DTYPE)),), chunk, PLAN.chunk_key, PLAN)
+                keys = keys + pack_tuple((_maximum(unpack_word(maxima[i], DTYPE)),), chunk, PLAN.chunk_key, PLAN)
             else:
                 lows, highs = transpose_halves(maxima[i], maxima[i + 1])
                 pair = _larger_halves(lows, highs, DTYPE)
@@ -132,7 +132,7 @@ def keys_of_columns(row, column, COUNT: tl.constexpr, VECTOR: tl.constexpr, KEY:
         values = ()
         for i in tl.static_range(len(words)):
             values = values + unpack_word(words[i], DTYPE)
-        keys = _keys(values, column, KEY, PLAN)
+        keys = pack_tuple(values, column, KEY, PLAN)
     return keys
 
 
@@ -142,16 +142,7 @@ def _keys_of_strided(row_ptrs, stride_n, start, COUNT: tl.constexpr, PLAN: tl.co
     values = ()
     for i in tl.static_range(COUNT):
         values = values + (load_value(row_ptrs + (start + i).to(tl.int64) * stride_n, PLAN),)
-    return _keys(values, start, PLAN.element_ty, PLAN)
-
-
-@triton.jit
-def _keys(values, index, KEY: tl.constexpr, PLAN: tl.constexpr):
-    """The keys of a tuple of values whose indices count up from `index`."""
-    keys = ()
-    for i in tl.static_range(len(values)):
-        keys = keys + (pack(values[i], index + i, KEY, PLAN),)
-    return keys
+    return pack_tuple(values, start, PLAN.element_ty, PLAN)
 
 
 @triton.jit
@@ -301,7 +292,7 @@ def exact_keys(best, row, doubt, PLAN: tl.constexpr):
     for rank in tl.static_range(min(K + 1, len(best))):
         column = unpack(best[rank], BITS)[1]
         value = load_words(row + (column * 4).to(row.dtype), 1)[0].to(tl.float32, bitcast=True)
-        exact = exact + _keys((value,), column, tl.float32, PLAN)
+        exact = exact + pack_tuple((value,), column, tl.float32, PLAN)
     while tl.max(is_turned(exact, PLAN), 0) != 0:  # neighbours seldom change places
         exact = settle(exact, PLAN)
     exact = exact[:K]
