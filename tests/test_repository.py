@@ -66,7 +66,7 @@ def test_readme_links_exist_and_list_every_notebook():
 
 def test_package_imports_only_pytorch_triton_and_the_standard_library():
     imported = set()
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 imported.update(alias.name.split(".")[0] for alias in node.names)
@@ -74,6 +74,45 @@ def test_package_imports_only_pytorch_triton_and_the_standard_library():
                 imported.add(node.module.split(".")[0])
     assert {"torch", "triton"} <= imported
     assert imported <= {"torch", "triton"} | sys.stdlib_module_names
+
+
+# A module imports from the rows above its own alone. "" is the package itself.
+LAYERS = [
+    ["checks", "configs"],
+    ["reference"],
+    ["factored.keys", "factored.networks", "factored.plan", "factored.ptx"],
+    ["factored.pairs", "factored.rows"],
+    ["factored.frontier", "factored.lanes", "factored.tile"],
+    ["factored"],
+    ["backward", "forward", "original", "split_forward"],
+    ["router"],
+    [""],
+]
+
+
+def imported_modules(name, path):
+    """The package's modules, by their names as in LAYERS, that a module of it imports from."""
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [part for part in package[: len(package) + 1 - node.level] if part]
+            base += node.module.split(".") if node.module else []
+            for alias in node.names:
+                target = ".".join([*base, alias.name])
+                yield target if any(target in layer for layer in LAYERS) else ".".join(base)
+
+
+def test_imports_point_one_way():
+    rank = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    paths = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        paths[".".join(part for part in parts if part != "__init__")] = path
+    assert set(paths) == set(rank)
+    imports = [(name, target) for name, path in paths.items() for target in imported_modules(name, path)]
+    assert ("factored", "factored.lanes") in imports
+    assert ("factored.lanes", "configs") in imports
+    assert [(name, target) for name, target in imports if rank[target] >= rank[name]] == []
 
 
 def run_without_gpu(name, folder, interpret):
