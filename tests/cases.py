@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import torch
 import triton
 from hypothesis import strategies as st
@@ -20,6 +21,10 @@ INF, NAN = float("inf"), float("nan")
 ON_GPU = torch.cuda.is_available()
 ON_NVIDIA = ON_GPU and on_nvidia(torch.device("cuda"))
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}  # the environment of a process that sees none
+NEEDS_INTERPRETER = pytest.mark.skipif(
+    triton.__version__.startswith("3.6") and np.lib.NumpyVersion(np.__version__) >= "2.4.0",
+    reason="Triton 3.6's interpreter takes no loop bound from a kernel under NumPy 2.4",
+)
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}  # Triton's types of them
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 

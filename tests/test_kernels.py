@@ -95,7 +95,8 @@ def route_by(route, x, y, k, scores_dtype=None):
 
 def needs(route):
     """What a test of this way to route is marked with."""
-    return [pytest.mark.skipif(not ON_NVIDIA, reason="needs an NVIDIA GPU from Ampere on")] * (route == "frontier")
+    runs = ON_NVIDIA or (route != "frontier" and not ON_GPU) or route in ("tile", "PyTorch")
+    return pytest.mark.skipif(not runs, reason="needs an NVIDIA GPU from Ampere on")
 
 
 def every(sizes):

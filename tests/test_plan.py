@@ -12,6 +12,7 @@ import torch
 import triton
 from cases import (
     DTYPES,
+    NEEDS_INTERPRETER,
     NO_GPU,
     ON_GPU,
     ON_NVIDIA,
@@ -379,7 +380,9 @@ if child:
 """
 
 
-@pytest.mark.parametrize(("interpret", "router"), [("0", "PyTorch"), ("1", "lanes_kernel")])
+@pytest.mark.parametrize(
+    ("interpret", "router"), [("0", "PyTorch"), pytest.param("1", "lanes_kernel", marks=NEEDS_INTERPRETER)]
+)
 def test_a_forked_child_routes_on_the_cpu(interpret, router):
     """With Triton's interpreter and without; `explain` knows."""
     assert run_python("-c", FORK, TRITON_INTERPRET=interpret, **NO_GPU).startswith(router)

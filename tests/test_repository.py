@@ -7,11 +7,9 @@ import shutil
 import sys
 import tomllib
 
-import numpy as np
 import pytest
-import triton
 import yaml
-from cases import NO_GPU, run_python
+from cases import NEEDS_INTERPRETER, NO_GPU, run_python
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "omni_kernels"
@@ -124,10 +122,10 @@ def test_works_without_gpu_and_interpreter():
     assert run_without_gpu("omni_kernels", REPOSITORY, interpret=False) == ["True"]
 
 
-@pytest.mark.parametrize("interpret", [False, True], ids=["pytorch", "interpreter"])
+@pytest.mark.parametrize(
+    "interpret", [False, pytest.param(True, marks=NEEDS_INTERPRETER)], ids=["pytorch", "interpreter"]
+)
 def test_works_elsewhere_under_another_name(tmp_path, interpret):
-    if interpret and triton.__version__.startswith("3.6") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
-        pytest.skip("Triton 3.6's interpreter takes no loop bound from a kernel argument under NumPy 2.4")
     for name in ("their_router", "un_café"):
         shutil.copytree(PACKAGE, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
         assert run_without_gpu(name, tmp_path, interpret) == ["False"]
