@@ -7,17 +7,25 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import torch
 import triton
 from hypothesis import strategies as st
+from triton.backends.compiler import GPUTarget
 
 from omni_kernels import brute_force_router
-from omni_kernels.configs import pruned
+from omni_kernels.configs import OPTIONS, on_nvidia, pruned
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INF, NAN = float("inf"), float("nan")
 ON_GPU = torch.cuda.is_available()
+ON_NVIDIA = ON_GPU and on_nvidia(torch.device("cuda"))
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}  # the environment of a process that sees none
+NEEDS_INTERPRETER = pytest.mark.skipif(
+    triton.__version__.startswith("3.6") and np.lib.NumpyVersion(np.__version__) >= "2.4.0",
+    reason="Triton 3.6's interpreter takes no loop bound from a kernel under NumPy 2.4",
+)
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}  # Triton's types of them
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 
@@ -37,6 +45,23 @@ def run_python(*arguments, folder=None, **environment):
 def compiled_by(file, cache):
     """What a test file, run as a program, prints as JSON. It keeps what it compiles in the folder `cache`."""
     return json.loads(run_python(file, TRITON_CACHE_DIR=str(cache)))
+
+
+def compile_for(arch, kernel, pointers, constants, **options):
+    """The binary of a kernel for an NVIDIA GPU that need not be there. pointers: the types of such arguments, by name.
+    All others but the constants are int32. Triton must be no interpreter."""
+    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
+    source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def compile_plan(plan, arch=90, **constants):
+    """The binary of a plan's kernel; constants: of numbers that Triton would take for constants, too."""
+    logits, scores = POINTERS[plan.dtype], POINTERS[plan.scores_dtype]
+    pointers = dict.fromkeys(("x_ptr", "y_ptr", "grad_x_ptr", "grad_y_ptr"), logits)
+    pointers |= {"scores_ptr": scores, "grad_ptr": scores, "indices_ptr": "*i32"}
+    constants = {"PLAN": plan, **constants}
+    return compile_for(arch, plan.kernel, pointers, constants, num_warps=plan.num_warps, **OPTIONS)
 
 
 def by_magnitude(x, y):

@@ -3,12 +3,12 @@
 shared_kernel is PTX of its own, which the interpreter does not run: without a GPU its compiled code runs on the CPU
 (ptx.py). Compiling needs a process whose Triton is no interpreter, so this file runs itself as a program."""
 
+import dataclasses
 import itertools
 import json
 
 import pytest
 import torch
-import triton
 from cases import (
     DTYPES,
     INF,
@@ -16,6 +16,7 @@ from cases import (
     ON_GPU,
     assert_same_bits,
     case_id,
+    compile_plan,
     compiled_by,
     dirty_memory,
     dtype_name,
@@ -24,10 +25,8 @@ from cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ptx import parse, run_program
-from triton.backends.compiler import GPUTarget
 
-from omni_kernels import backward as module
-from omni_kernels.backward import backward
+from omni_kernels.backward import backward, plan_of, run
 from omni_kernels.reference import backward_router
 
 SIZES = (1, 2, 3, 7, 16, 33, 64, 100, 128, 130)
@@ -50,16 +49,20 @@ def problem(num_tokens, num_expert_sqrt, k, dtype, device, seed=0):
     return grad.to(dtype).to(device), experts.int().to(device)
 
 
-@pytest.fixture(params=["chosen", "plain"] if ON_GPU else ["plain"])
-def kernels(request, monkeypatch):
-    """The kernels the package chooses here, or the plain ones, which run everywhere."""
-    if request.param == "plain":
-        monkeypatch.setattr(module, "_runs_ptx", lambda device: False)
+def plain_backward(grad, indices, num_expert_sqrt, dtype=None):
+    """By one of the plain kernels, which run everywhere."""
+    return run(plan_of(num_expert_sqrt, grad.shape[1], dtype or grad.dtype, grad.dtype, False), grad, indices)
 
 
-@pytest.mark.usefixtures("kernels")
+# What the package chooses here, which are the plain kernels in the interpreter.
+KERNELS = pytest.mark.parametrize(
+    "backward", [backward, plain_backward] if ON_GPU else [plain_backward], ids=lambda backward: backward.__name__
+)
+
+
+@KERNELS
 @pytest.mark.parametrize(("num_expert_sqrt", "k", "dtype"), CASES, ids=case_id)
-def test_bits_of_the_sequential_sum(num_expert_sqrt, k, dtype, device):
+def test_bits_of_the_sequential_sum(backward, num_expert_sqrt, k, dtype, device):
     grad, indices = problem(300 if ON_GPU else 33, num_expert_sqrt, k, dtype, device, seed=k)
     with dirty_memory():
         grads = backward(grad, indices, num_expert_sqrt)
@@ -88,10 +91,10 @@ def strided(grad):
     return grad.t().contiguous().t(), wide[:, 1::3]
 
 
-@pytest.mark.usefixtures("kernels")
+@KERNELS
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize(("num_expert_sqrt", "k"), [(7, 16), (100, 5)])
-def test_gradients_of_any_strides(num_expert_sqrt, k, dtype, device):
+def test_gradients_of_any_strides(backward, num_expert_sqrt, k, dtype, device):
     grad, indices = problem(10, num_expert_sqrt, k, dtype, device)
     want = oracle_backward(grad, indices, num_expert_sqrt)
     for view in strided(grad):
@@ -103,10 +106,10 @@ def test_gradients_of_any_strides(num_expert_sqrt, k, dtype, device):
         )
 
 
-@pytest.mark.usefixtures("kernels")
+@KERNELS
 @pytest.mark.parametrize(("num_expert_sqrt", "k"), [(2, 3), (5, 3), (4, 3)])
 @pytest.mark.parametrize("axis", [0, 1])
-def test_strides_beyond_int32(num_expert_sqrt, k, axis, device):
+def test_strides_beyond_int32(backward, num_expert_sqrt, k, axis, device):
     """A view may put neighbours 2³⁰ elements apart; only the touched pages of such a storage exist."""
     step = 1 << 30
     storage = torch.empty(2 * step + 3, dtype=torch.float16, device=device)
@@ -116,10 +119,10 @@ def test_strides_beyond_int32(num_expert_sqrt, k, axis, device):
     assert_same_bits(backward(grad, indices, num_expert_sqrt), oracle_backward(values, indices, num_expert_sqrt))
 
 
-@pytest.mark.usefixtures("kernels")
+@KERNELS
 @pytest.mark.parametrize("num_tokens", [1, 2, 31, 32, 33, 200])
 @pytest.mark.parametrize(("num_expert_sqrt", "k"), [(3, 5), (6, 5), (8, 5)])
-def test_token_counts(num_tokens, num_expert_sqrt, k, device):
+def test_token_counts(backward, num_tokens, num_expert_sqrt, k, device):
     grad, indices = problem(num_tokens, num_expert_sqrt, k, torch.float32, device)
     assert_same_bits(backward(grad, indices, num_expert_sqrt), oracle_backward(grad, indices, num_expert_sqrt))
 
@@ -127,30 +130,28 @@ def test_token_counts(num_tokens, num_expert_sqrt, k, device):
 TILINGS = [(1, 4, 8), (4, 2, 16), (16, 32, 4), (2, 8, 256), (128, 64, 16)]
 
 
-@pytest.mark.parametrize(("tile_m", "tile_k", "tile_n"), TILINGS)
+@pytest.mark.parametrize(("tokens", "tile_k", "tile_n"), TILINGS)
 @pytest.mark.parametrize(("num_expert_sqrt", "k"), [(5, 12), (40, 12), (12, 12), (13, 12)])
-def test_any_launch_gives_the_same_bits(num_expert_sqrt, k, tile_m, tile_k, tile_n, device, monkeypatch):
-    monkeypatch.setattr(module, "_runs_ptx", lambda device: False)
-    monkeypatch.setattr(module, "SCATTER_TILES", {"TILE_M": tile_m, "TILE_K": tile_k, "TILE_N": tile_n})
-    monkeypatch.setattr(module, "DENSE_TILES", {"TILE_M": tile_m, "TILE_N": tile_n})
+def test_any_launch_gives_the_same_bits(num_expert_sqrt, k, tokens, tile_k, tile_n, device):
     grad, indices = problem(3, num_expert_sqrt, k, torch.float32, device)
+    plan = plan_of(num_expert_sqrt, k, torch.float32, torch.float32, False)
     with dirty_memory():
-        grads = backward(grad, indices, num_expert_sqrt)
+        grads = run(dataclasses.replace(plan, tokens=tokens, tile_k=tile_k, tile_n=tile_n), grad, indices)
     assert_same_bits(grads, oracle_backward(grad, indices, num_expert_sqrt))
 
 
-@pytest.mark.usefixtures("kernels")
+@KERNELS
 @pytest.mark.parametrize(("num_expert_sqrt", "k"), [(16, 64), (130, 31), (256, 16)])
-def test_same_bits_on_every_run(num_expert_sqrt, k, device):
+def test_same_bits_on_every_run(backward, num_expert_sqrt, k, device):
     grad, indices = problem(2000 if ON_GPU else 40, num_expert_sqrt, k, torch.float32, device)
     first = backward(grad, indices, num_expert_sqrt)
     for _ in range(20 if ON_GPU else 2):
         assert_same_bits(backward(grad, indices, num_expert_sqrt), first)
 
 
-@pytest.mark.usefixtures("kernels")
+@KERNELS
 @pytest.mark.parametrize("num_expert_sqrt", [4096, 46340])
-def test_long_rows(num_expert_sqrt, device):
+def test_long_rows(backward, num_expert_sqrt, device):
     indices = torch.tensor([[num_expert_sqrt**2 - 1, 0, num_expert_sqrt - 1]], dtype=torch.int32, device=device)
     grad = torch.tensor([[1.0, 2.0, 4.0]], device=device)
     grad_x, grad_y = backward(grad, indices, num_expert_sqrt)
@@ -173,28 +174,23 @@ def test_agrees_with_pytorch(num_expert_sqrt, k, dtype, device):
 # The kernel for NVIDIA GPUs ------------------------------------------------------------------------------------------
 
 GRAD, INDICES, GRAD_X, GRAD_Y = (i << 40 for i in range(1, 5))
-TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# dtype of the scores and of the logits, N, k, TILE_M, TILE_K, TILE_N: whole rows and pieces, the last one shorter;
+FP32, FP16, BF16 = DTYPES
+# dtype of the scores and of the logits, N, k, tokens, tile_k, tile_n: whole rows and pieces, the last one shorter;
 # slots in one go and in several; fewer rows than lanes and as many.
 PTX_CASES = [
-    ("bf16", "bf16", 64, 16, 16, 16, 64),
-    ("bf16", "bf16", 256, 16, 8, 16, 256),
-    ("fp16", "fp16", 100, 5, 16, 8, 100),
-    ("fp32", "fp32", 12, 40, 4, 16, 12),
-    ("fp32", "bf16", 64, 40, 2, 16, 64),
-    ("fp32", "fp32", 200, 31, 1, 32, 64),
-    ("bf16", "bf16", 4, 1, 16, 4, 4),
+    (BF16, BF16, 64, 16, 16, 16, 64),
+    (BF16, BF16, 256, 16, 8, 16, 256),
+    (FP16, FP16, 100, 5, 16, 8, 100),
+    (FP32, FP32, 12, 40, 4, 16, 12),
+    (FP32, BF16, 64, 40, 2, 16, 64),
+    (FP32, FP32, 200, 31, 1, 32, 64),
+    (BF16, BF16, 4, 1, 16, 4, 4),
 ]
 
 
-def compile_case(grad_dtype, dtype, num_expert_sqrt, k, tile_m, tile_k, tile_n):
-    """The PTX of shared_kernel."""
-    constexprs = {"NUM_EXPERT_SQRT": num_expert_sqrt, "TILE_M": tile_m, "TILE_K": tile_k, "TILE_N": tile_n}
-    types = {"grad_ptr": f"*{grad_dtype}", "indices_ptr": "*i32", "grad_x_ptr": f"*{dtype}", "grad_y_ptr": f"*{dtype}"}
-    names = module.shared_kernel.arg_names
-    signature = {name: "constexpr" if name in constexprs else types.get(name, "i32") for name in names}
-    source = triton.compiler.ASTSource(fn=module.shared_kernel, signature=signature, constexprs=constexprs)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1}).asm["ptx"]
+def shared_plan(scores_dtype, dtype, num_expert_sqrt, k, tokens, tile_k, tile_n):
+    plan = plan_of(num_expert_sqrt, k, dtype, scores_dtype, True)
+    return dataclasses.replace(plan, tokens=tokens, tile_k=tile_k, tile_n=tile_n)
 
 
 @pytest.fixture(scope="module")
@@ -202,35 +198,34 @@ def programs(tmp_path_factory):
     return [parse(ptx) for ptx in compiled_by(__file__, tmp_path_factory.mktemp("cache"))]
 
 
-@pytest.mark.parametrize("case", range(len(PTX_CASES)), ids=["-".join(map(str, case)) for case in PTX_CASES])
+@pytest.mark.parametrize("case", range(len(PTX_CASES)), ids=["-".join(map(case_id, case)) for case in PTX_CASES])
 def test_compiled_code(case, programs):
     """All tokens of a batch that ends inside a tile, in a wider tensor."""
-    grad_dtype, dtype, num_expert_sqrt, k, tile_m, _, tile_n = PTX_CASES[case]
-    grad, indices = problem(tile_m + 1 + tile_m // 2, num_expert_sqrt, k, TYPES[grad_dtype], "cpu")
+    plan = shared_plan(*PTX_CASES[case])
+    tokens, k = plan.tokens, plan.k
+    grad, indices = problem(tokens + 1 + tokens // 2, plan.num_expert_sqrt, k, plan.scores_dtype, "cpu")
     grad[0, : k // 2] = torch.tensor([INF, -INF, NAN, -0.0, 1e-40]).to(grad.dtype).repeat(k)[: k // 2]
-    outputs = torch.full((2, len(grad), num_expert_sqrt), NAN, dtype=TYPES[dtype])
+    outputs = torch.full((2, len(grad), plan.num_expert_sqrt), NAN, dtype=plan.dtype)
     wide = torch.full((len(grad), 2 * k), NAN, dtype=grad.dtype)
     wide[:, ::2] = grad
     tensors = {GRAD: wide, INDICES: indices, GRAD_X: outputs[0], GRAD_Y: outputs[1]}
     memory = {address: tensor.view(torch.uint8).numpy().reshape(-1) for address, tensor in tensors.items()}
-    num_programs = triton.cdiv(len(grad), tile_m) * triton.cdiv(num_expert_sqrt, tile_n)
-    for program in range(num_programs):
-        run_program(programs[case], [*tensors, 2 * k, 2, len(grad), k], memory, program_id=program)
-    want = oracle_backward(grad.float(), indices, num_expert_sqrt)
-    assert_same_bits(outputs, [part.to(TYPES[dtype]) for part in want])
+    for program in range(plan.grid(len(grad))):
+        run_program(programs[case], [*tensors, 2 * k, 2, len(grad)], memory, program_id=program)
+    want = oracle_backward(grad.float(), indices, plan.num_expert_sqrt)
+    assert_same_bits(outputs, [part.to(plan.dtype) for part in want])
 
 
 @pytest.mark.parametrize("num_expert_sqrt", [4, 64, 100, 256, 1024, 2048, 4096, 46340])
 @pytest.mark.parametrize("k", [1, 16, 100])
 def test_tiles_fit(num_expert_sqrt, k):
     """In shared memory, of which a kernel may declare 48 KiB, and in the lanes; a piece is of one row."""
-    tiles = module.shared_tiles(num_expert_sqrt, k)
-    tile_m, tile_k, tile_n = tiles["TILE_M"], tiles["TILE_K"], tiles["TILE_N"]
-    assert 2 * tile_m <= 32
-    assert tile_k % 4 == 0
-    assert tile_m * tile_k >= 32
-    assert tile_n == num_expert_sqrt or tile_m == 1
-    assert 4 * (2 * tile_m * tile_n + 3 * tile_m * (tile_k + 4)) <= 28 << 10
+    plan = plan_of(num_expert_sqrt, k, FP32, FP32, True)
+    assert 2 * plan.tokens <= 32
+    assert plan.tile_k % 4 == 0
+    assert plan.tokens * plan.tile_k >= 32
+    assert plan.tile_n == num_expert_sqrt or plan.tokens == 1
+    assert 4 * (2 * plan.tokens * plan.tile_n + 3 * plan.tokens * (plan.tile_k + 4)) <= 28 << 10
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -242,4 +237,4 @@ def test_fp32_gradients_of_other_logits(num_expert_sqrt, k, dtype, device):
 
 
 if __name__ == "__main__":
-    print(json.dumps([compile_case(*case) for case in PTX_CASES]))
+    print(json.dumps([compile_plan(shared_plan(*case)).asm["ptx"] for case in PTX_CASES]))

@@ -13,55 +13,53 @@ import warnings
 import pytest
 import torch
 import triton
-from cases import compiled_by
-from triton.backends.compiler import GPUTarget
+from cases import POINTERS, compile_for, compile_plan, compiled_by
 
 import omni_kernels
-from omni_kernels import configs, factored, frontier, lanes
+from omni_kernels import backward, configs
+from omni_kernels.factored import frontier, lanes, tile
 
+FP32, BF16 = torch.float32, torch.bfloat16
 ARCHS = {80: ["bf16"], 86: ["bf16"], 89: ["bf16"], 90: ["bf16", "fp32"], 100: ["bf16"], 120: ["bf16"]}
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": BF16, "fp32": FP32}
 MAX_STACK = 128  # bytes a thread may keep outside its registers
 
-# module.kernel -> its constexpr arguments, by dtype where it matters, and the warps if not 4; of kernels whose launcher
-# computes them, (N, k, ...) that it computes them from. Runtime arguments are typed by their names.
+# module.kernel -> its constants, or how to make its plan, of the dtype of logits and scores and of whether the GPU
+# compares doubles.
 KERNELS = {
-    "backward.dense_kernel": {"TILE_M": 16, "TILE_N": 16},
-    "backward.scatter_kernel": {"TILE_M": 16, "TILE_K": 16, "TILE_N": 64},
-    "backward.shared_kernel": {"NUM_EXPERT_SQRT": 256, "TILE_M": 8, "TILE_K": 16, "TILE_N": 256, "num_warps": 1},
-    "factored.factored_kernel": {
-        "K": 4,
-        "TILE_M": 1,
-        "TILE_N": 64,
-        "TILE_K": 4,
-        "CHUNK": 4,
-        "WIDE_KEYS": False,
-        "STREAMED": True,
-        "NUM_CANDIDATES": 8,
-        "SIDE": 2,
-        "num_warps": 1,
-    },
-    "factored.factored_kernel of one expert": (100, 1),
+    "backward.dense_kernel": lambda dtype, _: backward.plan_of(4, 16, FP32, dtype, False),
+    "backward.scatter_kernel": lambda dtype, _: backward.plan_of(256, 16, FP32, dtype, False),
+    "backward.shared_kernel": lambda dtype, _: backward.plan_of(256, 16, FP32, dtype, True),
     "forward.forward_kernel": {"TILE_M": 4, "TILE_N": 32},
-    "frontier.frontier_kernel": (256, 64),
-    "frontier.frontier_kernel in memory": (256, 200),
-    "lanes.lanes_kernel": (256, 8, False, 2),
-    "lanes.lanes_kernel of few tokens": (256, 8, False, 16),
-    "lanes.lanes_kernel of an odd number of vectors": (100, 8, False, 2),
-    "lanes.lanes_kernel in loops": (256, 16, False, 2),
-    "lanes.lanes_kernel of transposed logits": (256, 16, True, 2),
+    "frontier.frontier_kernel": lambda dtype, doubles: frontier.plan_of(256, 64, dtype, dtype, 16, doubles),
+    "frontier.frontier_kernel in memory": lambda dtype, doubles: frontier.plan_of(256, 200, dtype, dtype, 16, doubles),
+    "lanes.lanes_kernel": lambda dtype, doubles: plan_of_lanes(256, 8, dtype, doubles),
+    "lanes.lanes_kernel of few tokens": lambda dtype, doubles: plan_of_lanes(256, 8, dtype, doubles, num_lanes=16),
+    "lanes.lanes_kernel of an odd number of vectors": lambda dtype, doubles: plan_of_lanes(100, 8, dtype, doubles),
+    "lanes.lanes_kernel in loops": lambda dtype, doubles: plan_of_lanes(256, 16, dtype, doubles),
+    "lanes.lanes_kernel of transposed logits": lambda dtype, doubles: plan_of_lanes(256, 16, dtype, doubles, True),
     "original.backward_kernel": {"TILE_M": 64, "TILE_K": 16},
     "original.forward_kernel": {"TILE_M": 4, "TILE_N": 1024},
     "original.split_forward_kernel": {"TILE_M": 1, "TILE_N": 1024, "TILE_K": 16},
     "split_forward.split_forward_kernel": {"TILE_M": 2, "TILE_N": 1024, "TILE_K": 16, "PADDED_SQRT": 128},
+    "tile.tile_kernel": lambda dtype, _: plan_of_tile(1000, 4, dtype),
+    "tile.tile_kernel of one expert": lambda dtype, _: plan_of_tile(100, 1, dtype),
 }
+
+
+def plan_of_lanes(num_expert_sqrt, k, dtype, doubles, transposed=False, num_lanes=2):
+    return lanes.plan_of(num_expert_sqrt, k, dtype, dtype, 16, transposed, doubles, num_lanes)
+
+
+def plan_of_tile(num_expert_sqrt, k, dtype):
+    logits = torch.empty((4, num_expert_sqrt), dtype=dtype, device="meta")
+    return tile.plan_for(logits, logits, k, dtype)
 
 
 def package_kernels():
     """Every launchable kernel of the package, by name: those a jit function is called `..._kernel` for."""
-    modules = [
-        importlib.import_module(f"omni_kernels.{info.name}") for info in pkgutil.iter_modules(omni_kernels.__path__)
-    ]
+    infos = pkgutil.walk_packages(omni_kernels.__path__, "omni_kernels.")
+    modules = [importlib.import_module(info.name) for info in infos]
     return {
         f"{module.__name__.split('.')[-1]}.{name}": kernel
         for module in modules
@@ -74,37 +72,19 @@ def cases():
     return [(name, arch, dtype) for name in KERNELS for arch, dtypes in ARCHS.items() for dtype in dtypes]
 
 
-def argument_type(name, dtype):
-    if name == "indices_ptr":
-        return "*i32"
-    if name in ("grad_x_ptr", "grad_y_ptr"):
-        return "*fp32"
-    return f"*{dtype}" if name.endswith("_ptr") else "i32"
-
-
-def launched_constants(name, num_expert_sqrt, k, *of_lanes, arch, dtype):
-    """The constants that a kernel's launcher computes."""
-    problem = num_expert_sqrt, k, DTYPES[dtype], 16, (arch // 10, arch % 10) in configs.DOUBLES
-    if name == "frontier":
-        return frontier.kernel_constants(*problem)
-    if name == "lanes":
-        return lanes.kernel_constants(*problem, *of_lanes)
-    return factored.kernel_constants(4, num_expert_sqrt, k)
-
-
 def compile_kernel(case):
     """(name, arch, dtype) -> what the binary was made for, the stack it takes beyond what the kernel asks for, and its
     copies to shared memory."""
     name, arch, dtype = case
     kernel = package_kernels()[name.split(" ")[0]]
-    constants = KERNELS[name]
-    if isinstance(constants, tuple):
-        constants = launched_constants(name.split(".")[0], *constants, arch=arch, dtype=dtype)
-    constexprs = {arg: value[dtype] if isinstance(value, dict) else value for arg, value in constants.items()}
-    options = {name: constexprs.pop(name) for name in ("num_warps", *configs.OPTIONS) if name in constexprs}
-    signature = {arg: "constexpr" if arg in constexprs else argument_type(arg, dtype) for arg in kernel.arg_names}
-    source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
-    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    if callable(KERNELS[name]):
+        plan = KERNELS[name](DTYPES[dtype], divmod(arch, 10) in configs.DOUBLES)
+        assert plan.kernel is kernel
+        binary = compile_plan(plan, arch)
+    else:
+        pointers = {arg: POINTERS[DTYPES[dtype]] for arg in kernel.arg_names if arg.endswith("_ptr")}
+        pointers |= {"indices_ptr": "*i32", "grad_x_ptr": "*fp32", "grad_y_ptr": "*fp32"}
+        binary = compile_for(arch, kernel, pointers, KERNELS[name])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()

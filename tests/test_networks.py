@@ -1,16 +1,17 @@
 """The networks sort whatever they are given: as lists of comparators, and as Triton runs them."""
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from cases import ON_GPU
+from cases import ON_NVIDIA
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omni_kernels import networks
+from omni_kernels.factored import lanes, networks
 
 LENGTHS = st.integers(1, 40)
 KEYS = st.integers(-(1 << 31), (1 << 31) - 1)
@@ -66,31 +67,32 @@ def test_no_comparator_is_wasted(kind, count, first, k, want):
 
 
 @triton.jit
-def sort_kernel(keys_ptr, best_ptr, turned_ptr, COUNT: tl.constexpr, K: tl.constexpr, NVIDIA: tl.constexpr,
-                FP64: tl.constexpr, TILE_M: tl.constexpr):  # fmt: skip
+def sort_kernel(keys_ptr, best_ptr, turned_ptr, COUNT: tl.constexpr, K: tl.constexpr, PLAN: tl.constexpr,
+                TILE_M: tl.constexpr):  # fmt: skip
     """The keys of a token are a column."""
     tokens, keys = tl.arange(0, TILE_M), ()
     for i in tl.static_range(COUNT):
         keys = keys + (tl.load(keys_ptr + i * TILE_M + tokens),)
-    best = networks.sort(keys, K, NVIDIA, FP64)
+    best = networks.sort(keys, K, PLAN)
     for rank in tl.static_range(len(best)):
         tl.store(best_ptr + rank * TILE_M + tokens, best[rank])
-    tl.store(turned_ptr + tokens, networks.is_turned(keys, NVIDIA, FP64))
+    tl.store(turned_ptr + tokens, networks.is_turned(keys, PLAN))
 
 
-@pytest.mark.parametrize(("dtype", "fp64"), [(torch.int32, False), (torch.int64, False), (torch.int64, True)])
+@pytest.mark.parametrize(("dtype", "doubles"), [(torch.int32, False), (torch.int64, False), (torch.int64, True)])
 @pytest.mark.parametrize(("count", "k"), [(1, 1), (2, 1), (7, 3), (8, 8)])
-def test_every_order_is_sorted_where_kernels_run(device, count, k, dtype, fp64):
-    nvidia = ON_GPU and torch.version.hip is None
-    if fp64 and not nvidia:
+def test_every_order_is_sorted_where_kernels_run(device, count, k, dtype, doubles):
+    if doubles and not ON_NVIDIA:
         pytest.skip("keys are compared as doubles on NVIDIA GPUs alone")
     orders = list(itertools.permutations(range(-(count // 2), count - count // 2)))[:1024]
     keys = torch.tensor((orders * 1024)[:1024], device=device).T
     # Powers of two lie far apart as doubles, too, whose patterns these are.
-    patterns = (keys.double().sign() * 2.0 ** keys.double().abs()).view(torch.int64) if fp64 else keys.to(dtype)
+    patterns = (keys.double().sign() * 2.0 ** keys.double().abs()).view(torch.int64) if doubles else keys.to(dtype)
     patterns = patterns.contiguous()
     best, turned = torch.empty_like(patterns[:k]), torch.empty(1024, dtype=torch.int32, device=device)
-    sort_kernel[(1,)](patterns, best, turned, COUNT=count, K=k, NVIDIA=nvidia, FP64=fp64, TILE_M=1024)
-    want = (patterns.view(torch.float64) if fp64 else patterns).sort(0, descending=True).values[:k]
+    plan = lanes.plan_of(8, 8, torch.float32, torch.float32, 0, False, doubles, 2)
+    plan = dataclasses.replace(plan, ptx=ON_NVIDIA)
+    sort_kernel[(1,)](patterns, best, turned, COUNT=count, K=k, PLAN=plan, TILE_M=1024)
+    want = (patterns.view(torch.float64) if doubles else patterns).sort(0, descending=True).values[:k]
     assert torch.equal(best.view(want.dtype), want)
     assert torch.equal(turned, (keys.diff(dim=0) > 0).any(0).int())

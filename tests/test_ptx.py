@@ -1,7 +1,8 @@
-"""The code NVIDIA GPUs run for lanes.py and frontier.py, run on the CPU: see ptx.py. Compiling needs a process whose
-Triton is no interpreter, so this file runs itself as a program."""
+"""The code NVIDIA GPUs run for lanes_kernel and frontier_kernel, run on the CPU: see ptx.py. Compiling needs a process
+whose Triton is no interpreter, so this file runs itself as a program."""
 
 import contextlib
+import dataclasses
 import json
 import multiprocessing
 from typing import NamedTuple
@@ -9,12 +10,21 @@ from typing import NamedTuple
 import pytest
 import torch
 import triton
-from cases import INF, NAN, adversarial_logits, assert_same_bits, by_magnitude, close_logits, compiled_by, dtype_name
+from cases import (
+    INF,
+    NAN,
+    adversarial_logits,
+    assert_same_bits,
+    by_magnitude,
+    close_logits,
+    compile_plan,
+    compiled_by,
+    dtype_name,
+)
 from ptx import parse, run_program
-from triton.backends.compiler import GPUTarget
 
-from omni_kernels import factored_router, frontier, lanes
-from omni_kernels.configs import OPTIONS
+from omni_kernels import factored_router
+from omni_kernels.factored import frontier, lanes
 
 pytestmark = pytest.mark.xdist_group("ptx")  # compiled once
 
@@ -29,102 +39,95 @@ class Case(NamedTuple):
     k: int
     dtype: torch.dtype
     alignment: int  # of the rows, in bytes; 0: transposed logits, read one at a time; -16: in vectors of a column
-    fp64: bool
+    doubles: bool
     lanes: int  # 0: frontier.py
-    constants: dict  # among them, so that nobody changes what a case is about unseen
+    expected: dict  # of the plan, so that nobody changes what a case is about unseen
 
     def __str__(self):
-        return f"{self.num_expert_sqrt}-{self.k}-{dtype_name(self.dtype)}-{self.alignment}-{self.fp64}-{self.lanes}"
+        return f"{self.num_expert_sqrt}-{self.k}-{dtype_name(self.dtype)}-{self.alignment}-{self.doubles}-{self.lanes}"
+
+
+def case(*problem, **expected):
+    return Case(*problem, expected)
 
 
 CASES = [
     # In tiles, staged; pairs in 32 bits, or in 64.
-    Case(64, 16, BF16, 16, True, 2, {"NARROW": True, "STAGED": True, "TILE_N": 64, "CHUNK": 2}),
-    Case(64, 1, BF16, 16, True, 2, {"NARROW": True, "STAGED": True, "TILE_N": 64, "CHUNK": 4}),
-    Case(64, 32, BF16, 16, False, 2, {"NARROW": False, "STAGED": True, "TILE_N": 64, "CHUNK": 1}),
-    Case(512, 8, BF16, 16, False, 2, {"NARROW": True, "STAGED": True, "TILE_N": 256, "CHUNK": 4}),
-    Case(66, 5, BF16, 4, True, 2, {"NARROW": True, "STAGED": True, "TILE_N": 66, "CHUNK": 2, "VECTOR": 4}),
-    Case(256, 4, BF16, 16, False, 4, {"NARROW": True, "STAGED": True, "SEGMENT": 128, "CHUNK": 4}),
-    Case(64, 10, FP16, 16, True, 2, {"NARROW": False, "STAGED": True, "TILE_N": 64, "CHUNK": 2}),
-    Case(68, 4, FP16, 8, False, 2, {"STAGED": True, "TILE_N": 68, "CHUNK": 4, "VECTOR": 8}),
-    Case(128, 10, BF16, 16, True, 2, {"LOOPED": True, "NARROW": True, "TILE_N": 128, "CHUNK": 4, "ADDED": True}),
-    Case(256, 20, BF16, 16, True, 2, {"LOOPED": True, "NARROW": False, "TILE_N": 256, "CHUNK": 4, "ADDED": False}),
+    case(64, 16, BF16, 16, True, 2, short_pairs=True, staged=True, tile_n=64, chunk=2),
+    case(64, 1, BF16, 16, True, 2, short_pairs=True, staged=True, tile_n=64, chunk=4),
+    case(64, 32, BF16, 16, False, 2, short_pairs=False, staged=True, tile_n=64, chunk=1),
+    case(512, 8, BF16, 16, False, 2, short_pairs=True, staged=True, tile_n=256, chunk=4),
+    case(66, 5, BF16, 4, True, 2, short_pairs=True, staged=True, tile_n=66, chunk=2, vector=4),
+    case(256, 4, BF16, 16, False, 4, short_pairs=True, staged=True, segment=128, chunk=4),
+    case(64, 10, FP16, 16, True, 2, short_pairs=False, staged=True, tile_n=64, chunk=2),
+    case(68, 4, FP16, 8, False, 2, staged=True, tile_n=68, chunk=4, vector=8),
+    case(128, 10, BF16, 16, True, 2, looped=True, short_pairs=True, tile_n=128, chunk=4, add_minima=True),
+    case(256, 20, BF16, 16, True, 2, looped=True, short_pairs=False, tile_n=256, chunk=4, add_minima=False),
     # Straight from global memory, ragged or not.
-    Case(100, 10, BF16, 8, True, 4, {"STAGED": False, "SEGMENT": 52, "TILE_N": 52, "CHUNK": 1}),
-    Case(256, 5, BF16, 16, True, 16, {"STAGED": False, "SEGMENT": 32, "CHUNK": 2}),
-    Case(128, 8, FP16, 16, False, 16, {"STAGED": False, "SEGMENT": 16, "CHUNK": 1}),
-    Case(100, 4, FP32, 16, True, 8, {"HALVED": False, "SEGMENT": 28, "CHUNK": 1}),
-    # fp32 by halves.
-    Case(64, 16, FP32, 16, True, 2, {"HALVED": True, "TILE_N": 64, "CHUNK": 2}),
-    Case(64, 5, FP32, 16, False, 2, {"HALVED": True, "TILE_N": 64, "CHUNK": 4}),
-    Case(64, 5, FP32, 16, True, 4, {"HALVED": True, "TILE_N": 32, "CHUNK": 2}),
-    Case(256, 3, FP32, 16, True, 2, {"HALVED": True, "TILE_N": 128, "CHUNK": 4}),
-    Case(256, 3, FP32, 16, False, 2, {"HALVED": True, "TILE_N": 128, "CHUNK": 4}),
-    Case(128, 9, FP32, 16, True, 2, {"HALVED": True, "LOOPED": True, "TILE_N": 128, "CHUNK": 4}),
-    Case(128, 12, FP32, 16, False, 2, {"HALVED": True, "LOOPED": True, "TILE_N": 128, "CHUNK": 4}),
-    Case(32, 7, FP32, 16, False, 2, {"HALVED": True, "TILE_N": 32, "CHUNK": 2}),
-    Case(32, 10, FP32, 16, True, 2, {"HALVED": True, "TILE_N": 32, "CHUNK": 1}),
-    Case(4, 9, FP32, 16, True, 2, {"HALVED": True, "TILE_N": 4, "CHUNK": 1}),
-    Case(64, 18, FP32, 16, True, 2, {"HALVED": True, "TILE_N": 64, "CHUNK": 1, "GROUP": 32}),
+    case(100, 10, BF16, 8, True, 4, staged=False, segment=52, tile_n=52, chunk=1),
+    case(256, 5, BF16, 16, True, 16, staged=False, segment=32, chunk=2),
+    case(128, 8, FP16, 16, False, 16, staged=False, segment=16, chunk=1),
+    case(100, 4, FP32, 16, True, 8, short_keys=False, segment=28, chunk=1),
+    # fp32 by short keys.
+    case(64, 16, FP32, 16, True, 2, short_keys=True, tile_n=64, chunk=2),
+    case(64, 5, FP32, 16, False, 2, short_keys=True, tile_n=64, chunk=4),
+    case(64, 5, FP32, 16, True, 4, short_keys=True, tile_n=32, chunk=2),
+    case(256, 3, FP32, 16, True, 2, short_keys=True, tile_n=128, chunk=4),
+    case(256, 3, FP32, 16, False, 2, short_keys=True, tile_n=128, chunk=4),
+    case(128, 9, FP32, 16, True, 2, short_keys=True, looped=True, tile_n=128, chunk=4),
+    case(128, 12, FP32, 16, False, 2, short_keys=True, looped=True, tile_n=128, chunk=4),
+    case(32, 7, FP32, 16, False, 2, short_keys=True, tile_n=32, chunk=2),
+    case(32, 10, FP32, 16, True, 2, short_keys=True, tile_n=32, chunk=1),
+    case(4, 9, FP32, 16, True, 2, short_keys=True, tile_n=4, chunk=1),
+    case(64, 18, FP32, 16, True, 2, short_keys=True, tile_n=64, chunk=1, group=32),
     # Lists of wide keys that lanes merge in a loop.
-    Case(128, 9, FP32, 16, True, 8, {"HALVED": True, "SEGMENT": 32}),
-    Case(100, 10, FP32, 16, False, 16, {"HALVED": False, "SEGMENT": 16}),
+    case(128, 9, FP32, 16, True, 8, short_keys=True, segment=32),
+    case(100, 10, FP32, 16, False, 16, short_keys=False, segment=16),
     # Transposed, in squares, by several warps together; one tile, or several.
-    Case(64, 8, BF16, -16, True, 2, {"TRANSPOSED": True, "TILE_N": 64, "CHUNK": 4, "NARROW": True, "num_warps": 4}),
-    Case(64, 10, FP16, -16, True, 2, {"TRANSPOSED": True, "TILE_N": 64, "CHUNK": 2, "num_warps": 4}),
-    Case(512, 3, BF16, -16, True, 2, {"TRANSPOSED": True, "TILE_N": 128, "CHUNK": 4, "num_warps": 4}),
-    Case(256, 3, FP32, -16, False, 2, {"TRANSPOSED": True, "TILE_N": 128, "HALVED": True, "num_warps": 2}),
-    Case(128, 9, FP32, -16, True, 2, {"TRANSPOSED": True, "LOOPED": True, "HALVED": True, "num_warps": 2}),
+    case(64, 8, BF16, -16, True, 2, transposed=True, tile_n=64, chunk=4, short_pairs=True, num_warps=4),
+    case(64, 10, FP16, -16, True, 2, transposed=True, tile_n=64, chunk=2, num_warps=4),
+    case(512, 3, BF16, -16, True, 2, transposed=True, tile_n=128, chunk=4, num_warps=4),
+    case(256, 3, FP32, -16, False, 2, transposed=True, tile_n=128, short_keys=True, num_warps=2),
+    case(128, 9, FP32, -16, True, 2, transposed=True, looped=True, short_keys=True, num_warps=2),
     # Logit by logit.
-    Case(33, 5, BF16, 2, True, 4, {"TILE_N": 0}),
-    Case(7, 5, FP16, 0, True, 4, {"TILE_N": 0}),
-    Case(20, 7, FP32, 0, False, 2, {"TILE_N": 0}),
-    Case(40, 5, FP32, 0, True, 2, {"TILE_N": 0}),
-    Case(1, 1, BF16, 2, True, 2, {"TILE_N": 0}),
+    case(33, 5, BF16, 2, True, 4, tile_n=0),
+    case(7, 5, FP16, 0, True, 4, tile_n=0),
+    case(20, 7, FP32, 0, False, 2, tile_n=0),
+    case(40, 5, FP32, 0, True, 2, tile_n=0),
+    case(1, 1, BF16, 2, True, 2, tile_n=0),
     # frontier.py: one piece, several, several tiles of them; in registers or in memory; fewer tokens a warp.
-    Case(64, 40, BF16, 16, True, 0, {"IN_REGISTERS": True, "PIECE": 64, "PIECES": 1, "VECTOR": 16}),
-    Case(20, 33, FP32, 0, True, 0, {"IN_REGISTERS": True, "PIECE": 20, "VECTOR": 0}),
-    Case(33, 40, FP32, 4, False, 0, {"IN_REGISTERS": True, "PIECE": 32, "VECTOR": 4}),
-    Case(100, 40, FP32, 16, True, 0, {"IN_REGISTERS": True, "PIECES": 4, "VECTOR": 16}),
-    Case(300, 128, BF16, 8, False, 0, {"IN_REGISTERS": True, "PIECE": 64, "VECTOR": 8}),
-    Case(300, 140, FP16, 8, True, 0, {"IN_REGISTERS": False, "PIECES": 4, "VECTOR": 8}),
-    Case(100, 70, FP32, 16, False, 0, {"IN_REGISTERS": False, "PIECES": 2, "VECTOR": 16}),
-    Case(200, 200, FP32, 16, True, 0, {"IN_REGISTERS": False, "TOKENS": 8}),
-    Case(64, 2, BF16, 16, True, 0, {"SIDE": 1}),
-    Case(46340, 3, FP16, 8, True, 0, {"IN_REGISTERS": True}),
-    Case(46340, 3, FP16, 8, False, 0, {"IN_REGISTERS": True}),
+    case(64, 40, BF16, 16, True, 0, in_registers=True, piece=64, pieces=1, vector=16),
+    case(20, 33, FP32, 0, True, 0, in_registers=True, piece=20, vector=0),
+    case(33, 40, FP32, 4, False, 0, in_registers=True, piece=32, vector=4),
+    case(100, 40, FP32, 16, True, 0, in_registers=True, pieces=4, vector=16),
+    case(300, 128, BF16, 8, False, 0, in_registers=True, piece=64, vector=8),
+    case(300, 140, FP16, 8, True, 0, in_registers=False, pieces=4, vector=8),
+    case(100, 70, FP32, 16, False, 0, in_registers=False, pieces=2, vector=16),
+    case(200, 200, FP32, 16, True, 0, in_registers=False, tokens=8),
+    case(64, 2, BF16, 16, True, 0, side=1),
+    case(46340, 3, FP16, 8, True, 0, in_registers=True),
+    case(46340, 3, FP16, 8, False, 0, in_registers=True),
 ]
 
 
-def constants_of(case):
-    """As the launcher has them, but for one warp where a warp shares nothing with others."""
-    *problem, num_lanes, expected = case
+def plan_of(case):
+    """As the launcher has it, but for one warp where a warp shares nothing with others."""
+    num_expert_sqrt, k, dtype, alignment, doubles, num_lanes, expected = case
+    problem = num_expert_sqrt, k, dtype, dtype, max(alignment, 0)
     if num_lanes:
-        alignment = max(case.alignment, 0)
-        problem = *problem[:3], alignment, case.fp64, case.alignment < 0
-        constants = dict(lanes.kernel_constants(*problem, num_lanes))
+        plan = lanes.plan_of(*problem, alignment < 0, doubles, num_lanes)
     else:
-        constants = dict(frontier.kernel_constants(*problem))
-    differing = {name: constants[name] for name, value in expected.items() if constants[name] != value}
+        plan = frontier.plan_of(*problem, doubles)
+    differing = {name: getattr(plan, name) for name, value in expected.items() if getattr(plan, name) != value}
     assert not differing, f"{case}: {differing}"
-    if not constants.get("TRANSPOSED"):
-        constants |= {"num_warps": 1} | ({"TILE_M": 32} if num_lanes else {})
-    return constants | ({"stride_xn": 1, "stride_yn": 1} if case.alignment > 0 else {})
+    return dataclasses.replace(plan, num_warps=plan.num_warps if expected.get("transposed") else 1)
 
 
 def compile_case(position):
     """The PTX of a case, how much shared memory its launch adds, and how many tokens a program has."""
-    case = CASES[position]
-    kernel = lanes.lanes_kernel if case.lanes else frontier.frontier_kernel
-    constexprs = constants_of(case)
-    options = {name: constexprs.pop(name) for name in ("num_warps", *OPTIONS)}
-    element = {FP32: "fp32", FP16: "fp16", BF16: "bf16"}[case.dtype]
-    types = dict.fromkeys(("x_ptr", "y_ptr", "scores_ptr"), f"*{element}") | {"indices_ptr": "*i32"}
-    signature = {name: "constexpr" if name in constexprs else types.get(name, "i32") for name in kernel.arg_names}
-    source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    tokens = constexprs["TILE_M"] // case.lanes if case.lanes else constexprs["TOKENS"]
-    return compiled.asm["ptx"], compiled.metadata.shared, tokens
+    plan = plan_of(CASES[position])
+    compiled = compile_plan(plan, **({"stride_xn": 1, "stride_yn": 1} if CASES[position].alignment > 0 else {}))
+    return compiled.asm["ptx"], compiled.metadata.shared, plan.tokens
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,9 @@ import shutil
 import sys
 import tomllib
 
-import numpy as np
 import pytest
-import triton
 import yaml
-from cases import NO_GPU, run_python
+from cases import NEEDS_INTERPRETER, NO_GPU, run_python
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "omni_kernels"
@@ -66,7 +64,7 @@ def test_readme_links_exist_and_list_every_notebook():
 
 def test_package_imports_only_pytorch_triton_and_the_standard_library():
     imported = set()
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 imported.update(alias.name.split(".")[0] for alias in node.names)
@@ -74,6 +72,45 @@ def test_package_imports_only_pytorch_triton_and_the_standard_library():
                 imported.add(node.module.split(".")[0])
     assert {"torch", "triton"} <= imported
     assert imported <= {"torch", "triton"} | sys.stdlib_module_names
+
+
+# A module imports from the rows above its own alone. "" is the package itself.
+LAYERS = [
+    ["checks", "configs"],
+    ["reference"],
+    ["factored.keys", "factored.networks", "factored.plan", "factored.ptx"],
+    ["factored.pairs", "factored.rows"],
+    ["factored.frontier", "factored.lanes", "factored.tile"],
+    ["factored"],
+    ["backward", "forward", "original", "split_forward"],
+    ["router"],
+    [""],
+]
+
+
+def imported_modules(name, path):
+    """The package's modules, by their names as in LAYERS, that a module of it imports from."""
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [part for part in package[: len(package) + 1 - node.level] if part]
+            base += node.module.split(".") if node.module else []
+            for alias in node.names:
+                target = ".".join([*base, alias.name])
+                yield target if any(target in layer for layer in LAYERS) else ".".join(base)
+
+
+def test_imports_point_one_way():
+    rank = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    paths = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        paths[".".join(part for part in parts if part != "__init__")] = path
+    assert set(paths) == set(rank)
+    imports = [(name, target) for name, path in paths.items() for target in imported_modules(name, path)]
+    assert ("factored", "factored.lanes") in imports
+    assert ("factored.lanes", "configs") in imports
+    assert [(name, target) for name, target in imports if rank[target] >= rank[name]] == []
 
 
 def run_without_gpu(name, folder, interpret):
@@ -85,10 +122,10 @@ def test_works_without_gpu_and_interpreter():
     assert run_without_gpu("omni_kernels", REPOSITORY, interpret=False) == ["True"]
 
 
-@pytest.mark.parametrize("interpret", [False, True], ids=["pytorch", "interpreter"])
+@pytest.mark.parametrize(
+    "interpret", [False, pytest.param(True, marks=NEEDS_INTERPRETER)], ids=["pytorch", "interpreter"]
+)
 def test_works_elsewhere_under_another_name(tmp_path, interpret):
-    if interpret and triton.__version__.startswith("3.6") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
-        pytest.skip("Triton 3.6's interpreter takes no loop bound from a kernel argument under NumPy 2.4")
     for name in ("their_router", "un_café"):
         shutil.copytree(PACKAGE, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
         assert run_without_gpu(name, tmp_path, interpret) == ["False"]
