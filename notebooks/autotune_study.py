@@ -112,7 +112,7 @@ def launch(problem, config, device, arch):
         constants |= {"TILE_N": triton.next_power_of_2(n)}
     elif kernel == "fwd_split":
         function, args = split_forward.split_forward_kernel, (*logits, *key)
-        constants |= {"TILE_K": triton.next_power_of_2(k), "PADDED_SQRT": triton.next_power_of_2(n)}
+        constants |= {"TILE_K": split_forward.padded_count(k), "PADDED_SQRT": triton.next_power_of_2(n)}
     elif kernel == "bwd":
         function = original.backward_kernel
         grad_x, grad_y = (torch.zeros(tokens, n, device=device) for _ in range(2))
@@ -182,7 +182,8 @@ def space(kernel, name):
 
 def every_config(kernel):
     """The configurations of all spaces of a kernel, each once."""
-    found = {label(c): c for name in ("general", "original", *configs.ARCH_SPACES) for c in space(kernel, name)}
+    names = ["general", "original", *configs.ARCH_SPACES] + ["few warps"] * (kernel in configs.FEW_WARPS_SPACE)
+    found = {label(c): c for name in names for c in space(kernel, name)}
     return list(found.values())
 
 

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import gc
 import itertools
+import math
 import os
 
 import torch
@@ -48,6 +49,11 @@ ARCH_SPACES = {
     "cuda:sm89": HOPPER_SPACE,
     "cuda:sm90": HOPPER_SPACE,
 }
+# Of the optimized forward kernels besides: in one warp, all that a round looks for is found without a barrier.
+FEW_WARPS_SPACE = {
+    "fwd": ([1, 2, 4], [1], [1]),
+    "fwd_split": ([1], [1024, 2048, 4096], [1, 2], [1]),
+}
 # Of the factored kernels, which follow fixed rules instead of tuning: what the rules choose, and what lies around it.
 FACTORED_SPACE = {
     "tile": ([1, 2, 4, 8], [1, 2, 4, 8], [1, 2, 4], [1]),
@@ -56,8 +62,8 @@ FACTORED_SPACE = {
 }
 # Of all kernels, as measured on an H100 (notebook 2): for each problem of the study one within 2% of its best.
 HOPPER_MEASURED_SPACE = {
-    "fwd": ([1], [2, 4], [1]),
-    "fwd_split": ([1], [1024, 4096, 16384], [4, 8], [1]),
+    "fwd": ([1], [1], [1]),
+    "fwd_split": ([1], [2048, 4096], [1], [1]),
     "bwd": ([32], [16], [8], [1]),
     "tile": ([1], [4], [1], [1]),
     "lanes": ([2, 4, 16], [1, 4], [1], [1]),
@@ -66,6 +72,7 @@ HOPPER_MEASURED_SPACE = {
 SPACES = {
     "original": ORIGINAL_SPACE,
     "general": GENERAL_SPACE,
+    "few warps": FEW_WARPS_SPACE,
     "factored": FACTORED_SPACE,
     **ARCH_SPACES,
     "cuda:sm90:measured": HOPPER_MEASURED_SPACE,
@@ -145,8 +152,8 @@ def get_arch(device):
 
 
 def get_arch_specific_configs(arch, kernel_type):
-    """The configurations listed for an architecture (the table is the guide's). The optimized forward kernels are tuned
-    over theirs; the optimized backward kernels follow rules.
+    """The configurations the guide lists for an architecture. The optimized forward kernels are tuned over `candidates`
+    instead, and the optimized backward kernels follow rules.
 
     Args:
         arch: what `get_arch` returns; architectures without a list of their own get the general space.
@@ -165,10 +172,11 @@ def get_configs(space, kernel_type):
     """All configurations of a search space.
 
     Args:
-        space: "original" (the lists the original version is tuned over), "general", an architecture with lists of its
-            own ("cuda:sm80", "cuda:sm86", "cuda:sm89", "cuda:sm90"), "cuda:sm90:measured" (what an H100 is fastest
-            with), or "factored".
-        kernel_type: "fwd", "fwd_split" or "bwd"; in the factored and the measured space "tile", "lanes" or "frontier".
+        space: "original" (the lists the original version is tuned over), "general", "few warps" (what the optimized
+            forward kernels may take besides), an architecture with lists of its own ("cuda:sm80", "cuda:sm86",
+            "cuda:sm89", "cuda:sm90"), "cuda:sm90:measured" (what an H100 is fastest with), or "factored".
+        kernel_type: "fwd", "fwd_split" or (not with few warps) "bwd"; in the factored and the measured space "tile",
+            "lanes" or "frontier".
 
     Returns:
         A list of triton.Config.
@@ -187,6 +195,24 @@ def get_configs(space, kernel_type):
     ]
 
 
+def candidates(arch, kernel_type):
+    """What the optimized forward kernels are tuned over: the list measured on the architecture, or else everything, and
+    in any case the original version's choices. The guide's own lists for architectures are not, since they lose: their
+    programs take so many tokens that 1024 leave most of a GPU idle.
+
+    Args:
+        arch: what `get_arch` returns.
+        kernel_type: "fwd" or "fwd_split".
+
+    Returns:
+        A list of triton.Config, each once.
+    """
+    measured = f"{arch}:measured"
+    spaces = (measured, "original") if measured in SPACES else ("few warps", "general", "original")
+    found = {str(config): config for space in spaces for config in get_configs(space, kernel_type)}
+    return list(found.values())
+
+
 @functools.cache
 def tuned(kernel, kernel_type, arch=None, reset_to_zero=()):
     """A kernel that tunes itself on the first launch of each problem size and remembers the result on disk.
@@ -195,13 +221,13 @@ def tuned(kernel, kernel_type, arch=None, reset_to_zero=()):
         kernel: a triton.jit function with the arguments num_expert_sqrt, num_experts_per_token and token_bucket, which
             are the tuning key, and the tiles of its type.
         kernel_type: "fwd", "fwd_split" or "bwd".
-        arch: tune over this architecture's configurations; None: over the original version's.
+        arch: tune over the candidates for this architecture; None: over the original version's list.
         reset_to_zero: names of the arguments the kernel adds into, cleared before each trial run.
 
     Returns:
         What triton.autotune returns: launch it as `tuned(...)[grid](...)`, without the tiles.
     """
-    configs = get_configs("original", kernel_type) if arch is None else get_arch_specific_configs(arch, kernel_type)
+    configs = get_configs("original", kernel_type) if arch is None else candidates(arch, kernel_type)
     if interpreting():
         configs = configs[-1:]  # nothing can be timed there, and the largest tiles make the fewest steps
     trials = _Trials(kernel, kernel_type)
@@ -263,9 +289,9 @@ def pruned(configs, kernel_type, token_bucket, num_expert_sqrt, num_experts_per_
     kept = [c for c in configs if all(size <= limits[tile] for tile, size in c.kwargs.items())]
 
     def fits(config):
-        tile = {"fwd": num_experts, "fwd_split": config.kwargs.get("TILE_N")}.get(kernel_type)
-        tile = tile or config.kwargs["TILE_M"] * config.kwargs["TILE_K"]
-        return tile <= config.num_warps * REGISTERS  # a register for each of its elements, at least
+        tiles = {"bwd": ("TILE_M", "TILE_K"), "fwd_split": ("TILE_N",)}.get(kernel_type, ())
+        elements = math.prod(config.kwargs[tile] for tile in tiles)
+        return elements <= config.num_warps * REGISTERS  # a register for each of them, at least
 
     kept = [c for c in kept if fits(c)] or [max(kept, key=lambda config: config.num_warps)]
     if torch.version.hip:

@@ -72,8 +72,8 @@ def test_every_configuration_is_a_job_once():
     for problem in autotune.PROBLEMS:
         found = {key[4:] for key in keys if key[:4] == problem}
         if problem.kernel in autotune.N2_KERNELS:
-            lists = [autotune.configs.get_configs(name, problem.kernel) for name in autotune.configs.SPACES
-                     if name != "factored"]  # fmt: skip
+            lists = [autotune.configs.get_configs(name, problem.kernel)
+                     for name, lists in autotune.configs.SPACES.items() if problem.kernel in lists]  # fmt: skip
         else:
             lists = [autotune.configs.get_configs("factored", problem.kernel)]
         assert found == {autotune.label(config) for configs in lists for config in configs}
@@ -84,7 +84,7 @@ def test_a_run_records_every_configuration_and_a_second_adds_nothing(gpu, capsys
     autotune.run_study(problems=PROBLEMS)
     rows = tables.read("autotune")
     assert autotune.keys_of(rows) == {autotune.key_of(*job) for job in autotune.all_jobs(PROBLEMS)}
-    assert len(rows) == 87 + 147
+    assert len(rows) == 90 + 147
     errors = rows.dropna(subset="error").set_index(autotune.KEY)["error"]
     assert set(errors) == {
         "CompilationError: no",
@@ -95,7 +95,7 @@ def test_a_run_records_every_configuration_and_a_second_adds_nothing(gpu, capsys
 
     autotune.run_study(problems=PROBLEMS)
     assert len(tables.read("autotune")) == len(rows)
-    assert "234 configurations are on record, 0 are not" in capsys.readouterr().out
+    assert "237 configurations are on record, 0 are not" in capsys.readouterr().out
 
 
 def test_what_was_measured_before_a_stop_is_kept_and_gone_on_from(gpu, capsys):
@@ -109,7 +109,7 @@ def test_what_was_measured_before_a_stop_is_kept_and_gone_on_from(gpu, capsys):
     gpu["stop"] = math.inf
     autotune.run_study(problems=PROBLEMS)
     whole = tables.read("autotune")
-    assert len(whole) == 234
+    assert len(whole) == 237
     assert not whole.duplicated(autotune.KEY).any()
     pd.testing.assert_frame_equal(whole.head(len(first))[list(first)], first, check_dtype=False)
 
@@ -125,9 +125,9 @@ def test_a_changed_gpu_version_or_source_is_measured_anew_and_not_mixed(gpu, cha
     autotune.run_study(problems=PROBLEMS[:1])
     gpu["setting"][changed] = "another"
     autotune.run_study(problems=PROBLEMS[:1])
-    assert len(tables.read("autotune")) == 2 * 87
+    assert len(tables.read("autotune")) == 2 * 90
     rows = autotune.recorded_rows("autotune")
-    assert len(rows) == (2 * 87 if changed == "gpu" else 87)
+    assert len(rows) == (2 * 90 if changed == "gpu" else 90)
     assert set(rows[changed]) == ({GPU, "another"} if changed == "gpu" else {"another"})
 
 
@@ -256,7 +256,7 @@ def test_the_analysis(gpu):
     assert (gains["pruned"] >= gains["general"]).all()
     choices = autotune.choices(rows)
     assert (choices["time / best"] >= 1).all()
-    assert (choices["best µs"] == gains[["general", "architecture"]].min(axis=1)).all()
+    assert (choices["best µs"] <= gains[["general", "architecture"]].min(axis=1)).all()  # few warps may be better
     assert autotune.tries_table(rows).loc["forward, 1024 tokens, N = 64", "original"].endswith(" of 4")
     rules = autotune.rules(rows)
     assert len(rules) == len(autotune.PROBLEMS) - len(gains)

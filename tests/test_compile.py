@@ -41,7 +41,7 @@ KERNELS = {
     "original.backward_kernel": {"TILE_M": 64, "TILE_K": 16},
     "original.forward_kernel": {"TILE_M": 4, "TILE_N": 1024},
     "original.split_forward_kernel": {"TILE_M": 1, "TILE_N": 1024, "TILE_K": 16},
-    "split_forward.split_forward_kernel": {"TILE_M": 2, "TILE_N": 1024, "TILE_K": 16, "PADDED_SQRT": 128},
+    "split_forward.split_forward_kernel": {"TILE_M": 2, "TILE_N": 1024, "TILE_K": 32, "PADDED_SQRT": 128},
     "tile.tile_kernel": lambda dtype, _: plan_of_tile(1000, 4, dtype),
     "tile.tile_kernel of one expert": lambda dtype, _: plan_of_tile(100, 1, dtype),
 }

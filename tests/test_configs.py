@@ -8,7 +8,7 @@ import torch
 from cases import NO_GPU, ON_GPU, run_python
 
 from omni_kernels import configs, forward, get_arch, get_arch_specific_configs, get_device, original
-from omni_kernels.configs import get_configs, pruned, token_bucket, tuned
+from omni_kernels.configs import candidates, get_configs, pruned, token_bucket, tuned
 
 TILES = {"fwd": ["TILE_M"], "fwd_split": ["TILE_M", "TILE_N"], "bwd": ["TILE_M", "TILE_K"]}
 GENERAL = {
@@ -73,10 +73,22 @@ def test_the_factored_kernels_have_spaces_of_their_own():
 
 def test_the_measured_lists_are_a_part_of_what_was_measured():
     for kernel_type in configs.TILES:
-        everything = get_configs("factored" if kernel_type in configs.FACTORED_SPACE else "general", kernel_type)
+        spaces = [name for name in ("factored", "general", "few warps") if kernel_type in configs.SPACES[name]]
+        everything = [config for name in spaces for config in get_configs(name, kernel_type)]
         measured = get_configs("cuda:sm90:measured", kernel_type)
         assert 0 < len(measured) < len(everything)
         assert set(map(str, measured)) < set(map(str, everything))
+
+
+@pytest.mark.parametrize("kernel_type", ["fwd", "fwd_split"])
+@pytest.mark.parametrize("arch", TABLE)
+def test_the_optimized_kernels_may_choose_whatever_the_original_may(arch, kernel_type):
+    found = [str(config) for config in candidates(arch, kernel_type)]
+    assert len(set(found)) == len(found)
+    assert set(map(str, get_configs("original", kernel_type))) <= set(found)
+    best_known = get_configs("cuda:sm90:measured" if arch == "cuda:sm90" else "general", kernel_type)
+    assert set(map(str, best_known)) <= set(found)
+    assert any(config.num_warps == 1 for config in candidates(arch, kernel_type))
 
 
 @pytest.mark.parametrize(
@@ -107,7 +119,7 @@ def test_unknown_kernel_type(configs_of, kernel_type):
 
 @pytest.mark.parametrize("space", ["Original", "cuda:sm100", "", None])
 def test_unknown_space(space):
-    with pytest.raises(ValueError, match=r"space must be one of 'original', 'general', 'factored', 'cuda:sm80'"):
+    with pytest.raises(ValueError, match=r"space must be one of 'original', 'general', 'few warps', 'factored'"):
         get_configs(space, "fwd")
 
 
@@ -141,35 +153,35 @@ def test_token_buckets():
     ("tokens", "num_expert_sqrt", "k"), [(16, 1, 1), (64, 33, 5), (65536, 256, 64), (1024, 46340, 9)]
 )
 def test_pruning_keeps_what_fits_or_the_smallest(kernel_type, space, tokens, num_expert_sqrt, k):
-    candidates = get_configs(space, kernel_type)
-    kept = pruned(candidates, kernel_type, tokens, num_expert_sqrt, k)
+    listed = get_configs(space, kernel_type)
+    kept = pruned(listed, kernel_type, tokens, num_expert_sqrt, k)
     padded = {
         "TILE_M": tokens,
         "TILE_N": 1 << (num_expert_sqrt**2 - 1).bit_length(),
         "TILE_K": 1 << (k - 1).bit_length(),
     }
     for tile in TILES[kernel_type]:
-        sizes = {config.kwargs[tile] for config in candidates}
+        sizes = {config.kwargs[tile] for config in listed}
         allowed = {size for size in sizes if size <= padded[tile]} or {min(sizes)}
-        assert {config.kwargs[tile] for config in kept} <= allowed
-        if kernel_type != "fwd" or num_expert_sqrt < 128:  # beyond it no tile fits, and one is kept all the same
-            assert {config.kwargs[tile] for config in kept} == allowed
-    assert [config for config in candidates if config in kept] == kept != []
+        assert {config.kwargs[tile] for config in kept} == allowed
+    assert [config for config in listed if config in kept] == kept != []
 
 
 def test_pruning_drops_tiles_larger_than_the_registers(monkeypatch):
     monkeypatch.setattr(configs, "REGISTERS", 32 * 255)
 
-    def warps(kernel_type, num_expert_sqrt, **tiles):
-        kept = pruned(get_configs("general", kernel_type), kernel_type, 1024, num_expert_sqrt, 64)
+    def warps(space, kernel_type, **tiles):
+        kept = pruned(get_configs(space, kernel_type), kernel_type, 1024, 256, 64)
         return sorted({config.num_warps for config in kept if config.kwargs.items() >= tiles.items()})
 
-    assert warps("fwd", 64) == [2, 4, 8]  # 4096 keys
-    assert warps("fwd", 100) == [4, 8]  # 16384 keys: 256 a thread of two warps
-    assert warps("fwd", 300) == [8]  # no number fits: the most there are
-    assert warps("fwd_split", 256, TILE_N=16384) == [4, 8]
-    assert warps("bwd", 256, TILE_M=256, TILE_K=64) == [4, 8]
-    assert warps("bwd", 256, TILE_M=128, TILE_K=64) == [2, 4, 8]
+    assert warps("general", "fwd") == [2, 4, 8]  # its tile is small
+    assert warps("few warps", "fwd_split", TILE_N=4096) == [1, 2]
+    assert warps("general", "fwd_split", TILE_N=16384) == [4, 8]
+    assert warps("general", "bwd", TILE_M=256, TILE_K=64) == [4, 8]  # 16384 pairs: 256 a thread of two warps
+    assert warps("general", "bwd", TILE_M=128, TILE_K=64) == [2, 4, 8]
+    monkeypatch.setattr(configs, "REGISTERS", 32 * 8)
+    assert warps("general", "fwd_split", TILE_N=2048) == [8]
+    assert warps("cuda:sm90", "bwd") == [16]  # no number fits: the most there are
 
 
 def test_pruning_keeps_one_number_of_stages_on_nvidia_gpus(monkeypatch):

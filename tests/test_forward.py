@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import (
     DTYPES,
+    INF,
     ON_GPU,
     adversarial_logits,
     configurations,
@@ -16,7 +17,8 @@ from cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omni_kernels import brute_force_router, get_arch, get_arch_specific_configs, get_device
+from omni_kernels import brute_force_router, get_arch, get_device
+from omni_kernels.configs import candidates
 from omni_kernels.forward import MAX_EXPERT_SQRT, forward
 
 FP32, FP16, BF16 = DTYPES
@@ -29,7 +31,7 @@ if ON_GPU:
     CASES += [(n, k, d) for n in (33, 64, 100, MAX_EXPERT_SQRT) for k, d in zip((5, 31, 64), DTYPES, strict=True)]
 # A GPU tunes for every problem.
 SMALL_SIZES, SMALL_COUNTS = ([3], [4]) if ON_GPU else ([2, 3, 7], [1, 3, 4])
-CONFIGS = configurations(get_arch_specific_configs(get_arch(get_device()), "fwd"), "fwd", 64, 40, 5)
+CONFIGS = configurations(candidates(get_arch(get_device()), "fwd"), "fwd", 64, 40, 5)
 
 
 def assert_is_definition(x, y, k):
@@ -45,6 +47,22 @@ def test_every_kind_of_token(num_expert_sqrt, k, dtype, device):
 @settings(max_examples=300 if ON_GPU else 10)
 def test_any_floats(device, logits, k):
     assert_is_definition(*(part.to(device) for part in logits), k)
+
+
+@given(factors(sizes=st.sampled_from([1, 2, 3, 5]), max_tokens=3))
+@settings(max_examples=30 if ON_GPU else 10)
+def test_all_experts(device, logits):
+    """Every row is used up, its equal sums one after the other."""
+    assert_is_definition(*(part.to(device) for part in logits), logits[0].shape[1] ** 2)
+
+
+@pytest.mark.parametrize("k", [30, 81])
+def test_rows_full_of_ties(k, device):
+    """Equal sums in many rows and many times in a row, and a row of their own where the others are masked."""
+    x, y = torch.randint(-1, 2, (2, 6, 9), device=device).half()
+    x[3:, ::2] = -INF
+    y[4:, 1:] = y[4:, :1]
+    assert_is_definition(x, y, k)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)

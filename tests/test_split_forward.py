@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import triton
 from cases import (
     DTYPES,
+    INF,
     ON_GPU,
     adversarial_logits,
     configurations,
@@ -16,8 +18,9 @@ from cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omni_kernels import brute_force_router, get_arch, get_arch_specific_configs, get_device
-from omni_kernels.split_forward import MAX_EXPERTS_PER_TOKEN, split_forward, split_forward_kernel
+from omni_kernels import brute_force_router, get_arch, get_device
+from omni_kernels.configs import candidates
+from omni_kernels.split_forward import MAX_EXPERTS_PER_TOKEN, padded_count, split_forward, split_forward_kernel
 
 FP32, FP16, BF16 = DTYPES
 CASES = [
@@ -29,9 +32,7 @@ if ON_GPU:
 # A GPU tunes for every problem.
 SMALL_SIZES, SMALL_COUNTS = ([3], [4]) if ON_GPU else ([2, 3, 7], [1, 3, 4])
 LARGEST_TILES = 130 if ON_GPU else 40  # the N for which none is dropped; too slow in the interpreter
-CONFIGS = configurations(
-    get_arch_specific_configs(get_arch(get_device()), "fwd_split"), "fwd_split", 64, LARGEST_TILES, 5
-)
+CONFIGS = configurations(candidates(get_arch(get_device()), "fwd_split"), "fwd_split", 64, LARGEST_TILES, 5)
 
 
 def assert_is_definition(x, y, k):
@@ -55,17 +56,37 @@ def test_many_experts(k, device):
     assert_is_definition(x, y, k)
 
 
-@pytest.mark.parametrize("tile_n", [32, 64, 256])
-def test_any_tile(tile_n, device):
-    """Tiles that hold a piece of a row, one row, and several."""
-    x, y = (part[::5] for part in adversarial_logits(50, FP32, device))
-    num_tokens = len(x)
-    scores = torch.empty(num_tokens, 3, device=device)
-    indices = torch.empty(num_tokens, 3, dtype=torch.int32, device=device)
-    tiles = {"TILE_M": 32, "TILE_N": tile_n, "TILE_K": 4, "PADDED_SQRT": 64}
-    split_forward_kernel[(1,)](x, y, scores, indices, *x.stride(), *y.stride(), num_tokens, 50, 3, 32, **tiles)
-    want = brute_force_router(x, y, 3)
+def assert_is_definition_in_tiles(x, y, k, tile_n):
+    (num_tokens, n), device = x.shape, x.device
+    scores = torch.empty(num_tokens, k, device=device)
+    indices = torch.empty(num_tokens, k, dtype=torch.int32, device=device)
+    sizes = {"TILE_M": 4, "TILE_N": tile_n, "TILE_K": padded_count(k), "PADDED_SQRT": triton.next_power_of_2(n)}
+    grid = (triton.cdiv(num_tokens, 4),)
+    split_forward_kernel[grid](x, y, scores, indices, *x.stride(), *y.stride(), num_tokens, n, k, 32, **sizes)
+    want = brute_force_router(x, y, k)
     torch.testing.assert_close((scores, indices), want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("tile_n", [16, 256, 1024])
+def test_any_tile(tile_n, device):
+    """Strips of one row, of several and of all; rows searched in pieces and at once."""
+    x, y = (part[::5] for part in adversarial_logits(50, FP32, device))
+    assert_is_definition_in_tiles(x, y, 7, tile_n)
+
+
+@given(factors(sizes=st.sampled_from([3, 6]), max_tokens=5, dtypes=(FP32,)), st.sampled_from([1, 4, 9]))
+@settings(max_examples=100 if ON_GPU else 15)
+def test_any_floats_in_small_tiles(device, logits, k):
+    assert_is_definition_in_tiles(*(part.to(device) for part in logits), k, 8)
+
+
+@pytest.mark.parametrize("k", [30, 81])
+def test_rows_full_of_ties(k, device):
+    """Equal sums in many rows and many times in a row; strips begin and end among them."""
+    x, y = torch.randint(-1, 2, (2, 6, 9), device=device).float()
+    x[3:, ::2] = -INF
+    y[4:, 1:] = y[4:, :1]
+    assert_is_definition_in_tiles(x, y, k, 32)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="the interpreter needs minutes for so many sums")
