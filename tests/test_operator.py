@@ -1,5 +1,6 @@
 """omni_router at home in PyTorch: a registered operator that compiles, exports, captures, checkpoints and batches."""
 
+import functools
 import hashlib
 import os
 import pathlib
@@ -10,18 +11,30 @@ import sys
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+import torch.utils.checkpoint
 from cases import DTYPES, ON_GPU, assert_same_bits, dtype_name, oracle_backward
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import functional
+from torch.func import functionalize, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import omni_kernels
-from omni_kernels import brute_force_router, omni_router
+from omni_kernels import (
+    brute_force_router,
+    omni_router,
+    triton_omni_router_func,
+    triton_omni_router_func_optimized,
+)
 
 FP32, FP16, BF16 = DTYPES
 BACKENDS = ["aot_eager", "inductor"] if ON_GPU else ["aot_eager"]  # without a GPU inductor asks for a C++ compiler
 COMPILED = pytest.mark.parametrize("backend", BACKENDS)
 NEEDS_GPU = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
-ROUTE, ROUTE_BACKWARD = torch.ops.omni_kernels.omni_router.default, torch.ops.omni_kernels.omni_router_backward.default
+OPERATORS = torch.ops.omni_kernels
+ROUTE = OPERATORS.omni_router.default
 
 
 def logits(num_tokens, num_expert_sqrt, device, dtype=FP32, seed=0):
@@ -58,8 +71,11 @@ def test_opcheck(num_tokens, k, dtype, scores_dtype, device):
     x, y = logits(num_tokens, 4, device, dtype)
     torch.library.opcheck(ROUTE, (x, y, k, scores_dtype))
     torch.library.opcheck(ROUTE, (x.t().contiguous().t(), y.detach(), k, scores_dtype))
+    torch.library.opcheck(OPERATORS.omni_router_kernel.default, (x.detach(), y.detach(), k, scores_dtype))
     scores, indices = ROUTE(x, y, k, scores_dtype)
-    torch.library.opcheck(ROUTE_BACKWARD, (torch.ones_like(scores).requires_grad_(), indices, 4, dtype))
+    grad = torch.ones_like(scores)
+    torch.library.opcheck(OPERATORS.omni_router_backward.default, (grad.requires_grad_(), indices, 4, dtype))
+    torch.library.opcheck(OPERATORS.omni_router_backward_kernel.default, (grad.detach(), indices, 4, dtype))
 
 
 def test_fake_tensors(device):
@@ -71,12 +87,86 @@ def test_fake_tensors(device):
     assert (x.grad.shape, x.grad.dtype, x.grad.device.type) == ((5, 4), BF16, torch.device(device).type)
 
 
+def test_eager_calls_do_without_the_operator(device, monkeypatch):
+    """Not even where every tensor made is one of a default device."""
+    x, y = logits(6, 4, device)
+    want = gradients(route, x, y)
+    for name in ("operator", "backward_operator"):
+        monkeypatch.setattr(omni_kernels.router._OMNI_ROUTER, name, None)
+    assert_same_bits(gradients(route, x, y), want)
+    with torch.device(device):
+        assert_same_bits(gradients(route, x, y), want)
+
+
+class FunctionMode(TorchFunctionMode):
+    def __init__(self):
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+class DispatchMode(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [FunctionMode, DispatchMode])
+def test_modes_see_the_operator(mode, device):
+    x, y = logits(6, 4, device)
+    with mode() as watching:
+        got = gradients(route, x, y)
+    assert ROUTE in watching.seen
+    assert_same_bits(got, gradients(route, x, y))
+
+
+def test_checkpoint_may_keep_the_operator(device):
+    """A policy of selective checkpoints finds it by its name: what it keeps is not computed again."""
+    x, y = logits(6, 4, device)
+    policy = functools.partial(torch.utils.checkpoint.create_selective_checkpoint_contexts, [ROUTE])
+    scores, _ = checkpoint(route, x, y, use_reentrant=False, context_fn=policy)
+    with DispatchMode() as watching:
+        scores.sum().backward()
+    assert OPERATORS.omni_router_backward.default in watching.seen
+    assert ROUTE not in watching.seen
+
+
+def test_subclasses_and_meta_tensors(device):
+    class Logits(torch.Tensor):
+        pass
+
+    x, y = (part.detach() for part in logits(6, 4, device))
+    assert type(route(x.as_subclass(Logits), y)[0]) is Logits
+    assert type(route(torch.nn.Parameter(x), y)[0]) is torch.Tensor
+    assert route(x.to("meta"), y.to("meta"))[1].shape == (6, 3)
+
+
+def test_saved_tensors(device):
+    """The indices alone, through the hooks that people put there."""
+    x, y = logits(6, 4, device)
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: packed.append(tensor) or tensor.cpu(), lambda part: part.to(device)
+    ):
+        scores, indices = route(x, y)
+    scores.sum().backward()
+    assert [part.data_ptr() for part in packed] == [indices.data_ptr()]
+    assert x.grad.sum() == y.grad.sum() == 18
+
+
 def test_imported_twice(tmp_path):
     """Under another name, and again under its own after it was forgotten: each import works, and the older ones too."""
     package = pathlib.Path(omni_kernels.__file__).parent
     shutil.copytree(package, tmp_path / "their_router", ignore=shutil.ignore_patterns("__pycache__"))
     program = """
 import sys, torch, omni_kernels, their_router
+from torch.fx.experimental.proxy_tensor import make_fx
 routers = [omni_kernels.omni_router, their_router.omni_router]
 for name in [name for name in sys.modules if name.split(".")[0] == "omni_kernels"]:
     del sys.modules[name]
@@ -86,7 +176,8 @@ for router in routers:
     x = torch.zeros(1, 2, requires_grad=True)
     scores, indices = router(x, torch.tensor([[1.0, 3.0]]), 3)
     scores.sum().backward()
-    print(indices.tolist(), x.grad.tolist(), scores.grad_fn.name())
+    traced = make_fx(lambda x: router(x, x, 3)[0])(torch.zeros(1, 2)).graph
+    print(indices.tolist(), x.grad.tolist(), *[node.target for node in traced.nodes if "omni_router" in node.name])
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
@@ -165,6 +256,90 @@ def test_exports(strict, device):
         assert_same_bits(program.module()(x, y), route(x, y))
 
 
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+@pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
+def test_make_fx(tracing_mode, pre_dispatch, device):
+    x, y = (part.detach() for part in logits(6, 4, device))
+    traced = make_fx(route, tracing_mode=tracing_mode, pre_dispatch=pre_dispatch)(x, y)
+    operator = ROUTE if pre_dispatch else OPERATORS.omni_router_kernel.default
+    assert next(node.target for node in traced.graph.nodes if node.op == "call_function") is operator
+    assert_same_bits(traced(y, x), route(y, x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
+def test_jit_trace(device):
+    x, y = (part.detach() for part in logits(6, 4, device))
+    assert_same_bits(torch.jit.trace(route, (x, y))(y, x), route(y, x))
+
+
+@NEEDS_GPU
+def test_compiles_ahead_of_time(tmp_path):
+    """Into a library of its own (AOTInductor)."""
+
+    class Layer(torch.nn.Module):
+        def forward(self, x, y):
+            return omni_router(x * 2, y, 3)
+
+    tokens = torch.export.Dim("tokens", min=2)
+    example = tuple(part.detach() for part in logits(6, 4, "cuda"))
+    program = torch.export.export(Layer(), example, dynamic_shapes=({0: tokens}, {0: tokens}))
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "router.pt2"))
+    layer = torch._inductor.aoti_load_package(package)
+    x, y = (part.detach() for part in logits(9, 4, "cuda"))
+    assert_same_bits(layer(x, y), route(x * 2, y))
+
+
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_token_counts_that_the_data_tells(device):
+    """Two masks that keep as many tokens; where they do not, the program says so when it runs."""
+    x, y = logits(6, 4, device)
+    first, second = torch.tensor([[1, 0, 1, 1, 0, 1], [1, 1, 1, 1, 0, 0]], device=device).bool()
+
+    def route_some(x, y, first, second):
+        return route(x[first], y[second])
+
+    compiled = torch.compile(route_some, fullgraph=True, backend="aot_eager")
+    got = gradients(lambda x, y: compiled(x, y, first, second), x, y)
+    assert_same_bits(got, gradients(lambda x, y: route_some(x, y, first, second), x, y))
+    with pytest.raises(RuntimeError, match=r"router_logits_y must have the tokens of router_logits_x|Eq\(u0, u1\)"):
+        compiled(x, y, first, ~second)  # PyTorch 2.11 says it in its own words
+
+
+def test_token_counts_marked_unbacked(device):
+    x, y = (part.detach() for part in logits(6, 4, device))
+    torch._dynamo.decorators.mark_unbacked(x, 0)
+    torch._dynamo.decorators.mark_unbacked(y, 0)
+    compiled = torch.compile(route, fullgraph=True, backend="aot_eager")
+    compiled(x, y)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for num_tokens in (0, 1, 9):
+            x, y = (part.detach() for part in logits(num_tokens, 4, device))
+            assert_same_bits(compiled(x, y), route(x, y))
+
+
+def test_compiled_autograd(device):
+    x, y = logits(6, 4, device)
+    want = gradients(route, x, y)[2:]
+    scores, _ = route(x, y)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        scores.backward(torch.linspace(-1, 1, 18, device=device).view(6, 3))
+    assert_same_bits((x.grad, y.grad), want)
+
+
+@pytest.mark.parametrize("older", [triton_omni_router_func, triton_omni_router_func_optimized])
+def test_older_functions(older, device):
+    """They compile and transform as omni_router does, with kernels of their own."""
+
+    def route_older(x, y):
+        return older(x, y, 4, 3)
+
+    x, y = logits(6, 4, device)
+    compiled = torch.compile(route_older, fullgraph=True, backend="aot_eager")
+    assert_same_bits(gradients(compiled, x, y), gradients(route, x, y))
+    for transform in ("grad", "jvp", "vmap of grad"):
+        assert_transforms_alike(TRANSFORMS[transform], route_older, device)
+
+
 # Training ------------------------------------------------------------------------------------------------------------
 
 
@@ -234,18 +409,123 @@ def test_third_backward(device):
     assert torch.equal(again, grad)  # the gather's gradient is the sum the router's was
 
 
-def test_forward_mode_is_refused(device):
-    x, y = (part.detach() for part in logits(6, 4, device))
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
-        omni_router(forward_ad.make_dual(x, torch.ones_like(x)), y, 3)
-    with pytest.raises(NotImplementedError, match="forward-mode"):
-        torch.func.jvp(lambda y: omni_router(x, y, 3)[0], (y,), (y,))
+# Transforms ----------------------------------------------------------------------------------------------------------
+
+# function -> (x, y, their tangents) -> what is compared with the definition
+TRANSFORMS = {
+    "jvp": lambda f: lambda x, y, u, v: jvp(lambda x, y: f(x, y)[0], (x, y), (u, v)),
+    "jvp of x": lambda f: lambda x, y, u, v: jvp(lambda x: f(x, y), (x,), (u,), has_aux=True),
+    "jacfwd": lambda f: lambda x, y, u, v: jacfwd(lambda x, y: f(x, y)[0], (0, 1))(x, y),
+    "linearize": lambda f: lambda x, y, u, v: linearize(lambda x, y: f(x, y)[0], x, y)[1](u, v),
+    "grad": lambda f: lambda x, y, u, v: grad(loss_of(f), (0, 1))(x, y),
+    "vjp": lambda f: lambda x, y, u, v: vjp(lambda x, y: f(x, y)[0], x, y)[1](u[:, :3]),
+    "jacrev": lambda f: lambda x, y, u, v: jacrev(lambda x, y: f(x, y)[0], (0, 1))(x, y),
+    "hessian": lambda f: lambda x, y, u, v: hessian(loss_of(f), (0, 1))(x, y),
+    "grad of jvp": lambda f: grad(lambda x, y, u, v: jvp(lambda y: loss_of(f)(x, y), (y,), (v,))[1]),
+    "jvp of jvp": lambda f: lambda x, y, u, v: jvp(lambda x: jvp(lambda y: f(x, y)[0] ** 2, (y,), (v,)), (x,), (u,)),
+    "jacrev of grad": lambda f: lambda x, y, u, v: jacrev(grad(loss_of(f)), (0, 1))(x, y),
+    "vmap of jvp": lambda f: torch.vmap(lambda x, y, u, v: jvp(lambda x: one(f, x, y), (x,), (u,))),
+    "jvp of vmap": lambda f: lambda x, y, u, v: jvp(torch.vmap(lambda x, y: one(f, x, y)), (x, y), (u, v)),
+    "vmap of grad": lambda f: torch.vmap(grad(lambda x, y, u, v: (one(f, x, y) ** 2).sum(), (0, 1))),
+    "vmap of hessian": lambda f: torch.vmap(hessian(lambda x, y, u, v: (one(f, x, y) ** 2).sum())),
+    "functionalize": lambda f: lambda x, y, u, v: functionalize(f)(x, y),
+    "jacobian": lambda f: lambda x, y, u, v: functional.jacobian(lambda x: f(x, y)[0], x, vectorize=True),
+    "jacobian forward": lambda f: (
+        lambda x, y, u, v: functional.jacobian(lambda x: f(x, y)[0], x, vectorize=True, strategy="forward-mode")
+    ),
+    "dual tensors": lambda f: lambda x, y, u, v: dual(f, x, y, u, v),
+    "one dual tensor": lambda f: lambda x, y, u, v: dual(f, x, y, None, v),
+    "no gradient inside": lambda f: grad(lambda x, y, u, v: grad(lambda x: loss_without(f, x, y))(x).square().sum()),
+}
 
 
-def test_functional_grad_is_refused(device):
-    x, y = (part.detach() for part in logits(6, 4, device))
-    with pytest.raises(RuntimeError, match="setup_context"):
-        torch.func.grad(lambda x: omni_router(x, y, 3)[0].sum())(x)
+def one(function, x, y):
+    """The scores of one token, without a dimension for it."""
+    return function(x[None], y[None])[0][0]
+
+
+def loss_of(function):
+    """Curved, so that second derivatives are not zero."""
+    return lambda x, y: (function(x, y)[0] ** 2).sum()
+
+
+def loss_without(function, x, y):
+    with torch.no_grad():
+        scores, _ = function(x, y)
+    return (scores * x[:, :3]).sum()
+
+
+def dual(function, x, y, tangent_x, tangent_y):
+    with forward_ad.dual_level():
+        x, y = (
+            part if tangent is None else forward_ad.make_dual(part, tangent)
+            for part, tangent in ((x, tangent_x), (y, tangent_y))
+        )
+        return tuple(forward_ad.unpack_dual(function(x, y)[0]))
+
+
+def assert_transforms_alike(transform, function, device, dtype=FP32, compiled=lambda function: function):
+    """As the definition under the same transform. The logits are small integers, so every sum is exact."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [part.to(device, dtype) for part in torch.rand(4, 6, 4, generator=generator).argsort(2) * 4.0]
+    inputs[1] /= 4  # no two sums are equal
+    got = compiled(transform(function))(*inputs)
+    want = transform(lambda x, y: brute_force_router(x, y, 3))(*inputs)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=dtype_name)
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms(name, dtype, device):
+    assert_transforms_alike(TRANSFORMS[name], route, device, dtype)
+
+
+@COMPILED
+@pytest.mark.parametrize(
+    "name", ["jvp", "grad", "jacrev", "grad of jvp", "jvp of jvp", "vmap of jvp", "vmap of grad", "dual tensors"]
+)
+def test_transforms_compiled(name, backend, device):
+    compiled = functools.partial(torch.compile, fullgraph=True, backend=backend)
+    assert_transforms_alike(TRANSFORMS[name], route, device, compiled=compiled)
+
+
+def test_dual_tensors_into_compiled_code(device):
+    """Also where it had been compiled without tangents. PyTorch refuses them together with gradients."""
+    x, y = logits(6, 4, device)
+    tangents = torch.arange(48.0, device=device).view(2, 6, 4)
+    compiled = torch.compile(route, fullgraph=True, backend="aot_eager")
+    compiled(x.detach(), y.detach())
+    got = dual(compiled, x.detach(), y.detach(), *tangents)
+    assert_same_bits(got, dual(lambda x, y: brute_force_router(x, y, 3), x.detach(), y.detach(), *tangents))
+    with pytest.raises(NotImplementedError, match="jvp"):
+        dual(compiled, x, y, *tangents)
+
+
+def test_tangents_of_nan_and_infinity(device):
+    """A tangent is the sum of two, whatever the score."""
+    x, y = (part.detach() for part in logits(3, 4, device))
+    x[0, 1], x[1, 2], y[2, :3] = torch.nan, torch.inf, -torch.inf
+    tangents = torch.arange(24.0, device=device).view(2, 3, 4)
+    scores, indices = route(x, y)
+    got = dual(route, x, y, *tangents)
+    rows, columns = indices.long() // 4, indices.long() % 4
+    assert_same_bits(got, (scores, tangents[0].gather(1, rows) + tangents[1].gather(1, columns)))
+
+
+def test_gradients_through_a_functional_gradient(device):
+    def twice(function):
+        x, y = logits(6, 4, device)
+        inner = grad(lambda x: loss_of(function)(x, y))(x)
+        return inner.detach(), *torch.autograd.grad(inner.sum(), (x, y))
+
+    assert_same_bits(twice(route), twice(lambda x, y: brute_force_router(x, y, 3)))
+
+
+def test_functional_gradients_have_the_kernels_bits(device):
+    x, y = logits(6, 4, device)
+    weights = torch.randn(6, 3, device=device)
+    want = torch.autograd.grad(route(x, y)[0], (x, y), weights)
+    assert_same_bits(vjp(lambda x, y: route(x, y)[0], x.detach(), y.detach())[1](weights), want)
 
 
 @pytest.mark.parametrize("in_dims", [(0, 0), (1, 0), (0, None), (None, 2)])

@@ -1,0 +1,261 @@
+"""A router as PyTorch's autograd, compilers and transforms see it; router.py makes one for each function people call.
+
+In eager mode a `Router` calls its kernels itself, or through one autograd function. While something traces or
+transforms, it is an operator of torch.library, which torch.compile, torch.export, fake tensors, torch.func and
+forward-mode derivatives take as they take PyTorch's own.
+
+Once the experts are chosen a router is linear: a score is the sum of two logits. So the tangent of a score is the sum
+of two tangents, and the gradient of a logit is the sum of the gradients of the scores it is in.
+"""
+
+import re
+
+import torch
+from torch import _C, SymInt, Tensor
+from torch import _check as check_at_run_time
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+from torch.nn import Parameter
+from torch.utils._device import DeviceContext
+
+from . import reference
+from .configs import has_kernels
+
+
+class Router:
+    """A forward kernel and a backward kernel as one function, (x, y, k, scores_dtype) -> (scores, indices).
+
+    name: of its operators. forward_kernel(x, y, k, scores_dtype) -> scores, indices, and
+    backward_kernel(grad_scores, indices, num_expert_sqrt, dtype) -> grad_x, grad_y: both take tensors that are not
+    empty. PyTorch stands in for them where Triton does not run. Calls take checked arguments, and what `is_plain` says.
+    """
+
+    def __init__(self, name, forward_kernel, backward_kernel):
+        self.forward_kernel, self.backward_kernel = forward_kernel, backward_kernel
+        logits = "Tensor router_logits_x, Tensor router_logits_y, SymInt num_experts_per_token, ScalarType scores_dtype"
+        grads = "Tensor grad_scores, Tensor indices, SymInt num_expert_sqrt, ScalarType dtype"
+        self.operator = _register(name, logits, self.route, _empty_result, _Route, self)
+        self.backward_operator = _register(f"{name}_backward", grads, self.sum_up, _empty_gradients, _Sums, self)
+
+    def __call__(self, x, y, k, scores_dtype, plain):
+        if not plain:
+            if is_compiling() and forward_ad._current_level >= 0:
+                # PyTorch compiles again where the level changes, but its cache of graphs does not ask for the level:
+                # this must be another graph than the one without tangents.
+                x = x.clone()
+            return self.operator(x, y, k, scores_dtype)
+        if (x.requires_grad or y.requires_grad) and torch.is_grad_enabled():
+            return _apply_eagerly(x, y, k, scores_dtype, self)
+        return self.route(x, y, k, scores_dtype)
+
+    def route(self, x, y, k, scores_dtype):
+        if not (k and x.shape[0]):
+            return _empty_result(x, y, k, scores_dtype)
+        if has_kernels(x):
+            return self.forward_kernel(x, y, k, scores_dtype)
+        return reference.factored_router(x, y, k, scores_dtype)
+
+    def sum_up(self, grad_scores, indices, num_expert_sqrt, dtype):
+        if indices.numel() and has_kernels(grad_scores):
+            return self.backward_kernel(grad_scores, indices, num_expert_sqrt, dtype)
+        grads = reference.backward_router(grad_scores.float(), indices, num_expert_sqrt)
+        return tuple(grad.to(dtype) for grad in grads)
+
+
+def is_plain(x, y):
+    """Whether two tensors are ordinary ones and nothing traces or transforms: only then may kernels read them."""
+    return (
+        not is_compiling()  # torch.compile and torch.export; first, as they know no more of what follows
+        and not _C._len_torch_dispatch_stack()  # modes: fake tensors, make_fx, counters, selective checkpoints
+        and not _C._are_functorch_transforms_active()  # torch.func and vmap, also where these two are not batched
+        and not _C._is_tracing()  # torch.jit.trace
+        and forward_ad._current_level < 0  # either may have a tangent
+        and (type(x) is Tensor or type(x) is Parameter)  # subclasses: fake, distributed, anybody's
+        and (type(y) is Tensor or type(y) is Parameter)
+        and not x.is_meta  # has no numbers
+        and not (_C._len_torch_function_stack() and _sees_functions())
+    )
+
+
+def _sees_functions():
+    """Whether a mode of __torch_function__ wants to see operators; that of a default device does not."""
+    return any(type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
+
+
+def assume_same_tokens(x, y):
+    """While tracing: token counts that only the data tells are checked when the program runs, all others by `check`."""
+    are_matrices = getattr(x, "ndim", 0) == getattr(y, "ndim", 0) == 2
+    if are_matrices and (is_compiling() or type(x.shape[0]) is SymInt):
+        from torch.fx.experimental.symbolic_shapes import guard_or_false  # half a second that others need not wait
+
+        if not guard_or_false(x.shape[0] != y.shape[0]):
+            check_at_run_time(
+                x.shape[0] == y.shape[0], lambda: "router_logits_y must have the tokens of router_logits_x"
+            )
+
+
+# Derivatives ---------------------------------------------------------------------------------------------------------
+
+
+class _EagerRoute(torch.autograd.Function):
+    """A call in eager mode."""
+
+    @staticmethod
+    def forward(ctx, x, y, k, scores_dtype, router):
+        scores, indices = router.route(x, y, k, scores_dtype)
+        ctx.save_for_backward(indices)
+        ctx.mark_non_differentiable(indices)
+        ctx.set_materialize_grads(False)  # else PyTorch fills a tensor of zeros for the indices
+        ctx.rest = router, x.shape[1], x.dtype
+        return scores, indices
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        if grad is None:
+            return None, None, None, None, None
+        router, num_expert_sqrt, dtype = ctx.rest
+        (indices,) = ctx.saved_tensors
+        # With create_graph the gradient has a gradient; with is_grads_batched it is an older kind of batched tensor.
+        operator = torch.is_grad_enabled() or not is_plain(grad, indices) or _C._functorch.is_legacy_batchedtensor(grad)
+        sum_up = router.backward_operator if operator else router.sum_up
+        grad_x, grad_y = sum_up(grad, indices, num_expert_sqrt, dtype)
+        return grad_x, grad_y, None, None, None
+
+
+class _Route(torch.autograd.Function):
+    """The operator that routes."""
+
+    @staticmethod
+    def forward(ctx, x, y, k, scores_dtype, router, run):
+        scores, indices = run(x, y, k, scores_dtype)
+        ctx.save_for_backward(indices)
+        ctx.save_for_forward(indices)
+        ctx.mark_non_differentiable(indices)
+        ctx.set_materialize_grads(False)
+        ctx.rest = router, x.shape[1], x.dtype, scores_dtype
+        return scores, indices
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        if grad is None:
+            return (None,) * 6
+        router, num_expert_sqrt, dtype, _ = ctx.rest
+        return *router.backward_operator(grad, ctx.saved_tensors[0], num_expert_sqrt, dtype), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, tangent_x, tangent_y, *_):
+        _, num_expert_sqrt, _, scores_dtype = ctx.rest
+        return _sums_of_pairs(tangent_x, tangent_y, ctx.saved_tensors[0], num_expert_sqrt, scores_dtype), None
+
+
+class _Sums(torch.autograd.Function):
+    """The operator that sums up gradients. It is linear, and its gradient is the route's tangent."""
+
+    @staticmethod
+    def forward(ctx, grad, indices, num_expert_sqrt, dtype, router, run):
+        ctx.save_for_backward(indices)
+        ctx.save_for_forward(indices)
+        ctx.set_materialize_grads(False)
+        ctx.rest = router, num_expert_sqrt, dtype, grad.dtype
+        return run(grad, indices, num_expert_sqrt, dtype)
+
+    @staticmethod
+    def backward(ctx, grad_x, grad_y):
+        if grad_x is None and grad_y is None:
+            return (None,) * 6
+        _, num_expert_sqrt, _, dtype = ctx.rest
+        return _sums_of_pairs(grad_x, grad_y, ctx.saved_tensors[0], num_expert_sqrt, dtype), *(None,) * 5
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        router, num_expert_sqrt, dtype, _ = ctx.rest
+        return router.backward_operator(tangent, ctx.saved_tensors[0], num_expert_sqrt, dtype)
+
+
+def _sums_of_pairs(x, y, experts, num_expert_sqrt, dtype):
+    """x of every expert's row + y of its column, in fp32, rounded once; None stands for zeros."""
+    experts = experts.long()
+    places = (x, experts // num_expert_sqrt), (y, experts % num_expert_sqrt)
+    parts = [factor.float().gather(1, place) for factor, place in places if factor is not None]
+    return sum(parts[1:], parts[0]).to(dtype)
+
+
+# Function.apply would look up and unwrap things that nobody has here, for half the time of a call, and would not take
+# an operator of one level of torch.func's transforms.
+_apply_eagerly = super(torch.autograd.Function, _EagerRoute).apply
+
+
+# The operators -------------------------------------------------------------------------------------------------------
+
+
+def _register(name, arguments, run, fake, function, router):
+    """An operator (Tensor, Tensor, int, dtype) -> (Tensor, Tensor) that works on the tokens one by one.
+
+    Traced, it leaves the graph its kernel alone, an operator without derivatives: it costs a third of the time a call.
+    """
+    operator, kernel = (_define(full_name, arguments, run, fake) for full_name in (name, f"{name}_kernel"))
+    apply = super(torch.autograd.Function, function).apply
+
+    def differentiate(keys, first, second, size, dtype):
+        """The operator at one level of torch.func's transforms, or without any: below it are the others."""
+        modes = torch.is_grad_enabled(), _C._is_fwd_grad_enabled()
+
+        def run_below(*args):
+            with (
+                _C._AutoDispatchBelowAutograd(),
+                torch.set_grad_enabled(modes[0]),  # off in here, but another level's gradients may be wanted
+                forward_ad._set_fwd_grad_enabled(modes[1]),
+            ):
+                if _C._are_functorch_transforms_active() or not _leaves_kernel():
+                    return operator.redispatch(keys & _C._after_autograd_keyset, *args)
+                return kernel(*args)
+
+        with enable_single_level_autograd_function():
+            return apply(first, second, size, dtype, router, run_below)
+
+    def fold_into_tokens(info, in_dims, first, second, size, dtype):
+        tensors = []
+        for tensor, dim in zip((first, second), in_dims, strict=False):
+            tensor = tensor.movedim(dim, 0) if dim is not None else tensor.expand(info.batch_size, *tensor.shape)
+            tensors.append(tensor)
+        results = operator(*(tensor.flatten(0, 1) for tensor in tensors), size, dtype)
+        return tuple(part.unflatten(0, tensors[0].shape[:2]) for part in results), (0, 0)
+
+    _LIBRARY.impl(name, differentiate, "Autograd", with_keyset=True)
+    torch.library.register_vmap(operator, fold_into_tokens, lib=_LIBRARY)
+    return operator
+
+
+def _leaves_kernel():
+    """Whether a graph is traced into which no tangents will come."""
+    return _C._get_dispatch_mode(_C._TorchDispatchModeKey.PROXY) is not None and forward_ad._current_level < 0
+
+
+def _define(name, arguments, run, fake):
+    _LIBRARY.define(f"{name}({arguments}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    operator = getattr(getattr(torch.ops, _LIBRARY.ns), name).default
+    torch.library.register_fake(operator, fake, lib=_LIBRARY)
+    return operator
+
+
+def _empty_result(x, _, k, scores_dtype):
+    scores = x.new_empty((x.shape[0], k), dtype=scores_dtype)
+    return scores, torch.empty_like(scores, dtype=torch.int32)
+
+
+def _empty_gradients(grad_scores, _, num_expert_sqrt, dtype):
+    return tuple(grad_scores.new_empty((grad_scores.shape[0], num_expert_sqrt), dtype=dtype) for _ in range(2))
+
+
+def _new_library():
+    """A namespace of the package's own name, whatever it is called; another if it has been imported before."""
+    namespace = re.sub(r"\W", "_", __package__, flags=re.ASCII)
+    namespace = namespace if namespace[0].isalpha() else f"omni_{namespace}"
+    while hasattr(getattr(torch.ops, namespace), "omni_router"):
+        namespace += "_"
+    return torch.library.Library(namespace, "FRAGMENT")
+
+
+_LIBRARY = _new_library()
