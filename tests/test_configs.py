@@ -390,7 +390,7 @@ def hold():
 
 for work in (launch, hold):
     held, done = threading.Event(), threading.Event()
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     if work is hold:
         held.wait()
