@@ -1,9 +1,11 @@
 """Exact top-k routing over N² experts from two logit vectors of length N, at the speed of memory."""
 
-from .configs import get_arch, get_arch_specific_configs, get_device
-from .factored import explain
-from .reference import brute_force_router, factored_router
-from .router import omni_router, triton_omni_router_func, triton_omni_router_func_optimized
+from .configs import as_triton_was_imported, get_arch, get_arch_specific_configs, get_device
+
+with as_triton_was_imported():
+    from .factored import explain
+    from .reference import brute_force_router, factored_router
+    from .router import omni_router, triton_omni_router_func, triton_omni_router_func_optimized
 
 __all__ = [
     "brute_force_router",

@@ -7,9 +7,11 @@ import gc
 import itertools
 import math
 import os
+import threading
 
 import torch
 import triton
+import triton.language as tl
 import triton.testing
 
 # The tiles a kernel type is tuned over. A search space below lists a value set for each, then warps, then stages.
@@ -84,9 +86,25 @@ DOUBLES = ((8, 0), (9, 0), (10, 0))  # GPUs that compare doubles as fast as inte
 REGISTERS = 64 * 512 if torch.version.hip else 32 * 255  # of a warp, 32 bits each
 
 
+# Triton makes its own functions for the interpreter or for the compiler when it is imported, once and for all.
+_INTERPRETING = not isinstance(tl.sum, triton.JITFunction)
+
+
 def interpreting():
-    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 before triton was imported)."""
-    return triton.knobs.runtime.interpret
+    """Whether kernels run in Triton's interpreter: whether TRITON_INTERPRET was set when triton was imported."""
+    return _INTERPRETING
+
+
+@contextlib.contextmanager
+def as_triton_was_imported():
+    """Triton makes and compiles kernels as it made its own functions, whatever TRITON_INTERPRET has become meanwhile:
+    the two kinds cannot call each other."""
+    if triton.knobs.runtime.interpret == _INTERPRETING:
+        yield
+        return
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = _INTERPRETING
+        yield
 
 
 @functools.cache
@@ -108,8 +126,29 @@ def has_kernels(tensor):
 
 
 def device_of(tensor):
-    """Makes the tensor's GPU the current one, which is where Triton launches."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    """Around every launch: makes the tensor's GPU the current one, which is where Triton launches. The interpreter
+    exchanges functions of Triton while it runs, so there one thread launches at a time."""
+    device = torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    if _INTERPRETING or triton.knobs.runtime.interpret:
+        return _alone(device)
+    return device
+
+
+@contextlib.contextmanager
+def _alone(device):
+    with _launching, as_triton_was_imported(), device:
+        yield
+
+
+def _renew_lock():
+    """A new process must not wait for a thread that it does not have."""
+    global _launching
+    _launching = threading.RLock()
+
+
+_renew_lock()
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def output_dtype(dtype):

@@ -4,8 +4,6 @@ Both run on any device PyTorch knows, and neither looks at the other: the defini
 is compared with, the factored version is what runs where a kernel cannot.
 """
 
-import functools
-
 import torch
 
 from .checks import check, check_scores_dtype
@@ -29,7 +27,7 @@ def brute_force_router(router_logits_x, router_logits_y, num_experts_per_token):
     Raises:
         TypeError, ValueError: as `router.omni_router`.
     """
-    check(router_logits_x, router_logits_y, num_experts_per_token)
+    num_experts_per_token = check(router_logits_x, router_logits_y, num_experts_per_token)
     sums = (router_logits_x.float()[:, :, None] + router_logits_y.float()[:, None, :]).flatten(1)
     order = sums.detach().sort(dim=1, descending=True, stable=True).indices[:, :num_experts_per_token]
     return sums.gather(1, order).to(router_logits_x.dtype), order.int()
@@ -49,14 +47,13 @@ def factored_router(router_logits_x, router_logits_y, num_experts_per_token, sco
     Arguments, results and errors as in `brute_force_router`, the scores in scores_dtype if given, but without autograd:
     `backward_router` is the gradient.
     """
-    check(router_logits_x, router_logits_y, num_experts_per_token)
+    k = check(router_logits_x, router_logits_y, num_experts_per_token)
     check_scores_dtype(scores_dtype)
     num_tokens, num_expert_sqrt = router_logits_x.shape
-    k = num_experts_per_token
     scores = router_logits_x.new_empty((num_tokens, k), dtype=scores_dtype)
     indices = torch.empty((num_tokens, k), dtype=torch.int32, device=router_logits_x.device)
     if indices.numel():
-        rank_x, rank_y = (torch.tensor(ranks, device=indices.device) for ranks in _staircase(k, num_expert_sqrt))
+        rank_x, rank_y = _staircase(k, num_expert_sqrt, indices.device)
         slice_size = max(1, CANDIDATES_PER_SLICE // (len(rank_x) + k + num_expert_sqrt))
         for start in range(0, num_tokens, slice_size):
             part = slice(start, start + slice_size)
@@ -81,13 +78,16 @@ def backward_router(grad_scores, indices, num_expert_sqrt):
     return tuple(zeros.scatter_add(1, target, grad).to(grad_scores.dtype) for target in (rows, columns))
 
 
-@functools.lru_cache(maxsize=64)
-def _staircase(k, num_expert_sqrt):
-    """The rank pairs (a, b), counted from 0, that can be among the k best: all a, all b. Not as tensors, which may be
-    fake, or of a device that was asked for meanwhile."""
+def _staircase(k, num_expert_sqrt, device):
+    """The rank pairs (a, b), counted from 0, that can be among the k best: all a, all b. Made anew in every call: kept,
+    they could be as large as the logits, or fake tensors, or of a device that was asked for meanwhile."""
     longest = min(k, num_expert_sqrt)
-    pairs = [(a, b) for a in range(longest) for b in range(min(longest, k // (a + 1)))]
-    return tuple(zip(*pairs, strict=True))
+    size = sum(min(longest, k // a) for a in range(1, longest + 1))
+    rank = torch.arange(longest, device=device)
+    lengths = (k // (rank + 1)).clamp(max=longest)
+    rank_x = rank.repeat_interleave(lengths, output_size=size)
+    rank_y = torch.arange(size, device=device) - (lengths.cumsum(0) - lengths)[rank_x]
+    return rank_x, rank_y
 
 
 def _route_slice(x, y, k, rank_x, rank_y):

@@ -1,13 +1,25 @@
 """The configuration tables to the last entry, and tuning that never depends on the exact number of tokens."""
 
+import concurrent.futures
 import itertools
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 from cases import NO_GPU, ON_GPU, run_python
 
-from omni_kernels import configs, forward, get_arch, get_arch_specific_configs, get_device, original
+from omni_kernels import (
+    configs,
+    forward,
+    get_arch,
+    get_arch_specific_configs,
+    get_device,
+    omni_router,
+    original,
+    triton_omni_router_func,
+    triton_omni_router_func_optimized,
+)
 from omni_kernels.configs import candidates, get_configs, pruned, token_bucket, tuned
 
 TILES = {"fwd": ["TILE_M"], "fwd_split": ["TILE_M", "TILE_N"], "bwd": ["TILE_M", "TILE_K"]}
@@ -252,7 +264,7 @@ def test_candidates_are_compiled_together_before_the_first_is_timed(monkeypatch)
 
 # For a process whose Triton is no interpreter, and a GPU that is not there. A tile of 17 columns fails to compile.
 COMPILE = """
-import torch, triton
+import os, pathlib, torch, triton
 from triton.backends.compiler import GPUTarget
 from omni_kernels import configs, forward
 
@@ -272,15 +284,138 @@ triton.runtime.driver.set_active(Driver())
 args = [torch.float32, torch.float32, torch.float32, torch.int32, 16, 1, 16, 1, 64, 16, 2, 64]
 candidates = [configs.get_configs("general", "fwd")[index] for index in (0, 3, 9)]
 variants = [{"TILE_N": 16} | config.all_kwargs() for config in candidates]
-configs.compile_all(forward.forward_kernel, args, variants)
-configs.compile_all(forward.forward_kernel, args, [variants[0] | {"TILE_N": 17}])
-compiled = list(forward.forward_kernel.device_caches[0][0].values())
-print(sum(hasattr(kernel, "asm") for kernel in compiled))
+bad = variants[0] | {"TILE_N": 17}
+configs.compile_all(forward.forward_kernel, args, [*variants, bad])
+print(len(list(pathlib.Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin"))))
+
+
+
+def kernel(constants):  # a launch looks at the compiled kernel, too
+    return forward.forward_kernel.warmup(*args, grid=(1,), **constants).asm
+
+
+try:
+    kernel(bad)
+except triton.CompilationError:
+    print("raises")
+forward.forward_kernel.compile = None  # what is compiled is there, and not compiled again
+print(sum("cubin" in kernel(constants) for constants in variants))
 """
 
 
 def test_compiling_together_compiles_all_and_ignores_what_fails(tmp_path):
-    assert run_python("-c", COMPILE, TRITON_CACHE_DIR=str(tmp_path)).split() == ["3"]
+    """Versions of Triton differ in what they keep of a kernel that failed to compile; to launch it fails in all."""
+    assert run_python("-c", COMPILE, TRITON_CACHE_DIR=str(tmp_path)).split() == ["3", "raises", "3"]
+
+
+# For a process without a GPU: the variable changes before or after the package is imported, Triton being there already.
+CHANGED = """
+import os, sys
+before, after = sys.argv[1:]
+
+
+def change(when):
+    if when == "set":
+        os.environ["TRITON_INTERPRET"] = "1"
+    elif when == "unset":
+        del os.environ["TRITON_INTERPRET"]
+
+
+import torch, triton
+change(before)
+from omni_kernels import configs, omni_router, original, triton_omni_router_func, triton_omni_router_func_optimized
+change(after)
+x, y = torch.zeros(1, 2, requires_grad=True), torch.tensor([[1.0, 3.0]])
+for scores, indices in (
+    omni_router(x, y, 3),
+    triton_omni_router_func(x, y, 2, 3),
+    triton_omni_router_func_optimized(x, y, 2, 3),
+):
+    scores.sum().backward()
+    assert scores.tolist() == [[3.0, 3.0, 1.0]] and indices.tolist() == [[1, 3, 0]]
+assert x.grad.tolist() == [[6.0, 3.0]]
+with configs.device_of(x):
+    assert triton.knobs.runtime.interpret == configs.interpreting()
+print(configs.interpreting(), type(original.forward_kernel).__name__, os.environ.get("TRITON_INTERPRET"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("at_first", "before", "after", "words"),
+    [
+        ({}, "set", "", ["False", "JITFunction", "1"]),
+        ({}, "", "set", ["False", "JITFunction", "1"]),
+        ({"TRITON_INTERPRET": "1"}, "unset", "", ["True", "InterpretedFunction", "None"]),
+        ({"TRITON_INTERPRET": "1"}, "", "unset", ["True", "InterpretedFunction", "None"]),
+    ],
+)
+def test_the_interpreter_is_chosen_when_triton_is_imported(at_first, before, after, words):
+    assert run_python("-c", CHANGED, before, after, **NO_GPU, **at_first).split() == words
+
+
+def test_threads_may_call_at_once(device):
+    x, y = torch.randn(2, 1, 4, device=device)
+
+    def route(_):
+        logits = x.clone().requires_grad_()
+        results = (
+            omni_router(logits, y, 3),
+            triton_omni_router_func(logits, y, 4, 3),
+            triton_omni_router_func_optimized(logits, y, 4, 3),
+        )
+        return *itertools.chain(*results), *torch.autograd.grad(sum(scores.sum() for scores, _ in results), logits)
+
+    want = route(None)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for got in pool.map(route, range(60)):
+            assert all(map(torch.equal, got, want))
+
+
+# A process is forked in the middle of a launch, and while a thread keeps everyone from launching: the child still can.
+FORK = """
+import os, signal, threading, torch
+from omni_kernels import brute_force_router, configs, omni_router
+
+torch.set_num_threads(1)  # those of PyTorch do not outlive a fork
+x, y = torch.randn(2, 4, 16)
+want = brute_force_router(x, y, 5)[1]
+
+
+def routes_in_a_child():
+    child = os.fork()
+    if child == 0:
+        signal.alarm(300)
+        os._exit(0 if all(torch.equal(omni_router(x, y, 5)[1], want) for _ in range(2)) else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def launch():
+    while not done.is_set():
+        omni_router(x, y, 5)
+
+
+def hold():
+    with configs.device_of(x):
+        held.set()
+        done.wait()
+
+
+for work in (launch, hold):
+    held, done = threading.Event(), threading.Event()
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    if work is hold:
+        held.wait()
+    print(all(routes_in_a_child() for _ in range(5)))
+    done.set()
+    thread.join()
+print(torch.equal(omni_router(x, y, 5)[1], want))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_may_launch():
+    assert run_python("-W", "ignore", "-c", FORK, TRITON_INTERPRET="1", **NO_GPU).split() == ["True"] * 3
 
 
 def test_importing_needs_no_gpu_and_tunes_nothing():

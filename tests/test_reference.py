@@ -1,5 +1,9 @@
 """The definition against an independent oracle, and the factored PyTorch version against the definition."""
 
+import gc
+import tracemalloc
+
+import numpy as np
 import pytest
 import torch
 from cases import (
@@ -40,6 +44,42 @@ def test_nothing_stays_of_a_call_with_fake_tensors():
     with torch.device("meta"):
         result = factored_router(x, y, 7)
     assert_same_bits(result, brute_force_router(x, y, 7))
+
+
+def bytes_kept():
+    """What Python holds, and all tensors it knows of."""
+    gc.collect()
+    tensors = sum(part.untyped_storage().nbytes() for part in gc.get_objects() if type(part) is torch.Tensor)
+    return tracemalloc.get_traced_memory()[0] + tensors
+
+
+def test_nothing_stays_of_a_huge_count():
+    x, y = torch.randn(2, 1, 200)
+    factored_router(x, y, 7)  # what a first call sets up
+    tracemalloc.start()
+    try:
+        before = bytes_kept()
+        for k in range(200**2 - 3, 200**2):
+            factored_router(x, y, k)
+        assert bytes_kept() - before < 2**17  # the ranks of one count are 640 kB
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("num_expert_sqrt", [1, 2, 3, 8, 30])
+def test_the_staircase(num_expert_sqrt):
+    for k in range(1, num_expert_sqrt**2 + 1):
+        ranks = range(1, min(k, num_expert_sqrt) + 1)
+        want = [(a - 1, b - 1) for a in ranks for b in ranks if a * b <= k]
+        assert (
+            list(zip(*(part.tolist() for part in reference._staircase(k, num_expert_sqrt, "cpu")), strict=True)) == want
+        )
+
+
+@ROUTERS
+def test_any_integer_counts(router):
+    x, y = torch.randn(2, 3, 4)
+    assert_same_bits(router(x, y, np.int64(7)), router(x, y, 7))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)

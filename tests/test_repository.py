@@ -1,6 +1,7 @@
 """What surrounds the package stays true: one place for versions, README's commands, imports, the package copied."""
 
 import ast
+import importlib.metadata
 import pathlib
 import re
 import shutil
@@ -53,6 +54,25 @@ def test_ci_runs_the_test_command_of_readme():
     assert [line for line in README.splitlines() if re.search(pattern, line)] == [COMMANDS[1]]
     steps = yaml.safe_load((REPOSITORY / ".github/workflows/ci.yml").read_text())["jobs"]["test"]["steps"]
     assert steps[-1] == {"run": ".ci/run"}
+
+
+def test_ci_runs_tests_of_every_kernel_with_the_oldest_triton():
+    run = (REPOSITORY / ".ci/run").read_text()
+    (oldest,) = re.findall(r"triton>=([\d.]+)", " ".join(PROJECT["dependencies"]))
+    pattern = re.search(r"sed -nE 's/(.*)/\\1/p' pyproject.toml", run)[1]
+    assert re.findall(pattern, (REPOSITORY / "pyproject.toml").read_text(), flags=re.MULTILINE) == [oldest]
+    tests = {path.name: path.read_text() for path in (REPOSITORY / "tests").glob("test_*.py")}
+    for part in re.search(r"-k '(.*)' tests$", run, flags=re.MULTILINE)[1].split(" or "):
+        assert any(re.search(rf"^def test_\w*{part}", text, flags=re.MULTILINE) for text in tests.values())
+
+
+def test_the_study_runs_with_one_pytorch_and_one_triton():
+    """Triton's version is the one that PyTorch's builds for GPUs ask for: where PyTorch names one, they agree."""
+    pins = dict(line.split("==") for line in PROJECT["optional-dependencies"]["study"] if "==" in line)
+    assert set(pins) == {"torch", "triton"}
+    asked = [line for line in importlib.metadata.requires("torch") if re.match(r"triton\b", line)]
+    if importlib.metadata.version("torch").startswith(pins["torch"]) and asked:
+        assert f"triton=={pins['triton']}" in asked[0].replace(" ", "")
 
 
 def test_readme_links_exist_and_list_every_notebook():
