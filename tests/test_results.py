@@ -410,6 +410,26 @@ def test_the_host_is_given_time_by_a_large_buffer_and_only_meanwhile(memory, buf
     assert driver.get_empty_cache_for_benchmark() == "256 MiB"
 
 
+def test_a_graph_holds_calls_that_take_turns_for_a_while(monkeypatch):
+    called, samples = [], iter([4000.0, *range(6000, 16000, 1000)])
+
+    class Graph:
+        def replay(self):
+            called.append("replay")
+
+    def once(call):
+        call()
+        return next(samples)
+
+    for name, value in (("CUDAGraph", Graph), ("graph", contextlib.nullcontext)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(timing, "once", once)
+    times = timing.kernel_us([lambda: called.append("one"), lambda: called.append("two")], quantiles=(0.5, 0.0, 1.0))
+    rounds = 3  # of 4000 µs, to fill 10000
+    assert called == ["one", "two"] * (2 + rounds) + ["replay"] * 10
+    assert times == pytest.approx([10500 / 6, 6000 / 6, 15000 / 6])
+
+
 def test_calls_are_timed_in_turn(monkeypatch):
     """As many calls at once as take a while, and the same number in every round."""
     order, clock = [], [0.0]
