@@ -52,6 +52,6 @@ def binary_of(call):
     call()
     with launched() as found:
         call()
-    parts = [(short_hash(machine_code(kernel)), kernel.metadata.num_warps, kernel.metadata.shared, tuple(grid))
+    parts = [(short_hash(machine_code(kernel)), kernel.metadata.num_warps, kernel.metadata.shared, (*grid, 1, 1)[:3])
              for kernel, grid in found]  # fmt: skip
     return short_hash(str(list(dict.fromkeys(parts))).encode()) if parts else ""

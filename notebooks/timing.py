@@ -35,6 +35,7 @@ def kernel_us(calls, quantiles=(0.5, 0.1, 0.9)):
         for _ in range(rounds):
             for call in calls:
                 call()
+    graph.replay()  # the first one uploads it
     times = [once(graph.replay) / (rounds * len(calls)) for _ in range(REPLAYS)]
     return [float(us) for us in np.quantile(times, quantiles)]
 
