@@ -82,7 +82,7 @@ LIMITS = {
 FAST_DOUBLES = {f"cuda:sm{major}{minor}" for major, minor in configs.DOUBLES}
 
 COMPILE_SECONDS, TIME_SECONDS = 1.2, 0.03  # what a configuration takes, as a rule: of a core, of the GPU
-COMPILE_LIMIT = 30  # seconds one configuration may take to compile
+COMPILE_LIMIT = 120  # seconds one configuration may take to compile
 HOPELESS = 20  # times slower than the best so far: no median is needed
 STUMBLE_SECONDS = 0.02  # as a rule a host that stumbles is back by then
 PREDICTORS = ["registers", "spills", "shared", "instructions", "occupancy", "prediction"]
@@ -366,8 +366,7 @@ def compile_table(targets=tuple(TARGETS), problems=COMPILED_PROBLEMS, only=None)
     config) and says whether it is wanted; then nothing is recorded.
     """
     rows = tables.of_setting("compiled", ["triton"]) if only is None else pd.DataFrame()
-    identity = ["arch", *KEY, "binary"]
-    known = tables.keys(rows, identity)
+    known = tables.last_keys(rows, ["arch", *KEY], ["binary"])
     jobs = [
         (problem, config, TARGETS[arch])
         for problem, config in all_jobs(problems)
@@ -380,7 +379,7 @@ def compile_table(targets=tuple(TARGETS), problems=COMPILED_PROBLEMS, only=None)
         progress = {"total": len(jobs), "desc": "compiling", "disable": only is not None}
         for (problem, config, target), outcome in tqdm(compile_jobs(jobs), **progress):
             row = {"arch": arch_of[target], **dict(zip(KEY, key_of(problem, config), strict=True)), **outcome}
-            if tables.key(row, identity) not in known:
+            if tables.key(row, ["arch", *IDENTITY]) not in known:
                 new(row)
     return with_occupancy(pd.concat([rows, pd.DataFrame(new.rows)], ignore_index=True))
 
@@ -524,7 +523,7 @@ def run_study(minutes=5, problems=PROBLEMS):
     Raises RuntimeError where there is no GPU, OSError where the table cannot be written.
     """
     this_gpu()
-    known, left = tables.keys(tables.of_setting("autotune", ["gpu", "triton"]), IDENTITY), None
+    known, left = tables.last_keys(tables.of_setting("autotune", ["gpu", "triton"]), KEY, ["binary"]), None
     with recording("autotune") as keep:
         try:
             left = run_jobs(all_jobs(problems), minutes, keep, known)

@@ -43,7 +43,7 @@ def measure(again="OMNI_AGAIN" in os.environ):
     if not torch.cuda.is_available():
         return "not measured: no GPU here"
     known = tables.of_setting("first_calls", [*tables.SETTING, "commit"])
-    known = set() if again else tables.keys(known, ["rival", *speed.CASE, "cache"])
+    known = set() if again else tables.last_keys(known, ["rival", *speed.CASE, "cache"], [])
     work = [(name, case) for name, case in CALLS if (name, *case, "warm") not in known]
     print(f"{len(work)} first calls, each cold and warm: about {len(work) * SECONDS} s")
     for row in tqdm(rows_of(work), "first calls", 2 * len(work), leave=False):

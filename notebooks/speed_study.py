@@ -39,7 +39,8 @@ from omni_kernels.factored import frontier, lanes, tile
 
 Case = collections.namedtuple("Case", ["num_tokens", "num_expert_sqrt", "k", "dtype"])
 CASE = list(Case._fields)
-IDENTITY = ["rival", *CASE, "layout", "binary", "error"]  # of a measured row, on one GPU and with the same versions
+SUBJECT = ["rival", *CASE, "layout"]  # what a row is of
+IDENTITY = [*SUBJECT, "binary", "error"]  # and what was compiled for it, or what kept it from that
 Rival = collections.namedtuple("Rival", ["route", "family", "why"])  # route(x, y, k) -> scores, indices
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -335,7 +336,7 @@ def measure(again="OMNI_AGAIN" in os.environ):
     done = {"compiled ahead": ahead["error"] if ahead else f"in {time.perf_counter() - start:.0f} s"}
     for table, cases in TABLES.items():
         start = time.perf_counter()
-        known = set() if again else tables.keys(tables.of_setting(table), IDENTITY)
+        known = set() if again else tables.last_keys(tables.of_setting(table), SUBJECT)
         done[table] = attempt(_measure_table, table, cases, known)
         if isinstance(done[table], dict):
             done[table] = done[table]["error"]

@@ -67,9 +67,11 @@ def key(row, columns):
     return tuple("" if pd.isna(row.get(column)) else row[column] for column in columns)
 
 
-def keys(rows, columns):
-    """The keys of a table's rows."""
-    return {key(row, columns) for row in rows.to_dict("records")}
+def last_keys(rows, case, found=("binary", "error")):
+    """What the last row of each case holds in the columns that say what it is of, and in those that say what was found
+    there, as keys."""
+    last = {key(row, case): key(row, found) for row in rows.to_dict("records")}
+    return {of + what for of, what in last.items()}
 
 
 def append(table, rows, folder=None, **common):

@@ -68,7 +68,7 @@ def measure_missing(table, measure, probe):
 
 def _measure_missing(table, measure, probe):
     binary = binary_of(probe)
-    if "OMNI_AGAIN" in os.environ or (binary,) not in tables.keys(tables.of_setting(table), ["binary"]):
+    if "OMNI_AGAIN" in os.environ or (binary,) not in tables.last_keys(tables.of_setting(table), [], ["binary"]):
         measure(binary)
 
 

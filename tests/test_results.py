@@ -303,10 +303,11 @@ def test_a_case_is_measured_again_when_what_is_compiled_changes(no_tables, timed
     assert measured(again=False) == counts
     assert measured(again=False) == dict.fromkeys(counts, 0)
     assert measured(again=True) == counts
-    binaries[speed.OMNI] = "second"
-    assert measured(again=False) == counts
-    assert len(tables.read("ladder")) == 3 * 2 * 2
-    assert set(speed.latest("ladder").binary.dropna()) == {"second"}
+    for change, binary in enumerate(("second", "first"), start=3):
+        binaries[speed.OMNI] = binary
+        assert measured(again=False) == counts
+        assert len(tables.read("ladder")) == change * 2 * 2
+        assert set(speed.latest("ladder").binary.dropna()) == {binary}  # what was measured last is what is shown
     for table in tables_of_run:
         assert measured(again=False)[table] == 0
 
