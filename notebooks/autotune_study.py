@@ -10,8 +10,8 @@ Rows go to OMNI_FIGURES/data, by default to study-output/figures/data. Running a
 import argparse
 import collections
 import contextlib
+import dataclasses
 import functools
-import hashlib
 import itertools
 import math
 import multiprocessing
@@ -20,7 +20,6 @@ import os
 import random
 import re
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
@@ -35,16 +34,21 @@ import tables
 import timing
 import torch
 import triton
+from binaries import machine_code, short_hash
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
-from omni_kernels import configs, factored, factored_router, forward, frontier, lanes, original, split_forward
+from omni_kernels import configs, factored_router, forward, original, split_forward
+from omni_kernels.factored import frontier, lanes
+from omni_kernels.factored.tile import plan_for as plan_of_tile
 
 Problem = collections.namedtuple("Problem", ["kernel", "tokens", "num_expert_sqrt", "k"])
 KEY = [*Problem._fields, "tile", "num_warps", "num_stages"]  # the columns that say what a row is of
+IDENTITY = [*KEY, "binary"]  # and what was compiled for it
 N2_KERNELS = ("fwd", "fwd_split", "bwd")
 NAMES = {"fwd": "forward", "fwd_split": "split forward", "bwd": "backward", "tile": "factored, tiles",
          "lanes": "factored, lanes", "frontier": "factored, frontier"}  # fmt: skip
+FIELDS = {"TILE_M": "tokens", "TOKENS": "tokens", "CHUNK": "chunk", "LANES": "lanes", "PIECE": "piece"}  # of a plan
 RECORDED_GPU = "NVIDIA H100 80GB HBM3"
 
 # The guide's shapes, and other token counts at one of them. The forward kernel holds all N² sums, so it ends at 128.
@@ -78,10 +82,9 @@ LIMITS = {
 FAST_DOUBLES = {f"cuda:sm{major}{minor}" for major, minor in configs.DOUBLES}
 
 COMPILE_SECONDS, TIME_SECONDS = 1.2, 0.03  # what a configuration takes, as a rule: of a core, of the GPU
-COMPILE_LIMIT = 30  # seconds one configuration may take to compile
+COMPILE_LIMIT = 120  # seconds one configuration may take to compile
 HOPELESS = 20  # times slower than the best so far: no median is needed
 STUMBLE_SECONDS = 0.02  # as a rule a host that stumbles is back by then
-EXECUTABLE = 4  # SHF_EXECINSTR, of a section in an ELF file
 PREDICTORS = ["registers", "spills", "shared", "instructions", "occupancy", "prediction"]
 
 
@@ -104,8 +107,12 @@ def launch(problem, config, device, arch):
     """A kernel, its positional and its keyword arguments, and its grid, for a problem and a configuration."""
     kernel, tokens, n, k = problem
     x, y, scores, indices, right = tensors(tokens, n, k, device)
-    constants = config.all_kwargs()
     logits = (x, y, scores, indices, *x.stride(), *y.stride(), tokens)
+    if kernel not in N2_KERNELS:
+        plan = plan_of(problem, config, arch in FAST_DOUBLES)
+        constants = {"PLAN": plan, "num_warps": plan.num_warps, **configs.OPTIONS}
+        return plan.kernel, logits, constants, (plan.grid(tokens),)
+    constants = config.all_kwargs()
     key = (n, k, configs.token_bucket(tokens))
     if kernel == "fwd":
         function, args = forward.forward_kernel, (*logits, *key)
@@ -113,43 +120,42 @@ def launch(problem, config, device, arch):
     elif kernel == "fwd_split":
         function, args = split_forward.split_forward_kernel, (*logits, *key)
         constants |= {"TILE_K": split_forward.padded_count(k), "PADDED_SQRT": triton.next_power_of_2(n)}
-    elif kernel == "bwd":
+    else:
         function = original.backward_kernel
         grad_x, grad_y = (torch.zeros(tokens, n, device=device) for _ in range(2))
         args = (scores, right, grad_x, grad_y, *scores.stride(), tokens, *key)
-    else:
-        rule = launcher_constants(problem, arch in FAST_DOUBLES, constants.get("LANES"))
-        constants = {**rule, **constants}
-        if kernel == "tile":
-            function, args = factored.factored_kernel, (*logits, n)
-        elif kernel == "lanes":
-            function, args = lanes.lanes_kernel, logits
-            looped = rule["LOOPED"] and rule["CHUNK"] == constants["CHUNK"]
-            constants |= {"TILE_M": 32 * config.num_warps, "LOOPED": looped}
-        else:
-            function, args = frontier.frontier_kernel, logits
-    return function, args, constants, (-(-tokens // tokens_of(config.kwargs, config.num_warps)),)
+    return function, args, constants, (-(-tokens // config.kwargs["TILE_M"]),)
 
 
-def launcher_constants(problem, doubles, num_lanes):
-    """The constants that the launcher of a factored kernel computes: where doubles compare as fast as integers or not,
-    for a number of lanes a token."""
+def rule(problem, doubles, num_lanes):
+    """The plan that a factored kernel's rules make: where doubles compare as fast as integers or not, for a number of
+    lanes a token."""
     kernel, tokens, n, k = problem
-    if kernel == "tile":
-        return factored.kernel_constants(tokens, n, k)
     if kernel == "lanes":
-        return lanes.kernel_constants(n, k, torch.bfloat16, 16, doubles, False, num_lanes)
-    return frontier.kernel_constants(n, k, torch.bfloat16, 16, doubles)
+        return lanes.plan_of(n, k, torch.bfloat16, torch.bfloat16, 16, False, doubles, num_lanes)
+    if kernel == "frontier":
+        return frontier.plan_of(n, k, torch.bfloat16, torch.bfloat16, 16, doubles)
+    return plan_of_tile(*tensors(tokens, n, k, "meta")[:2], k, torch.bfloat16)
+
+
+def plan_of(problem, config, doubles):
+    """The plan of the rules, with the sizes and warps of a configuration."""
+    plan = rule(problem, doubles, config.kwargs.get("LANES"))
+    sizes = {FIELDS[name]: size for name, size in config.kwargs.items()}
+    if problem.kernel == "lanes":  # loops are made for one size of chunks
+        sizes["looped"] = plan.looped and plan.chunk == sizes["chunk"]
+    return dataclasses.replace(plan, num_warps=config.num_warps, **sizes)
 
 
 def chosen(problem):
     """What the package launches for a problem of a factored kernel on the device at hand, as tables name it."""
     kernel, tokens, n, _ = problem
     device = configs.get_device()
-    num_lanes = lanes.lanes_per_token(tokens, n, torch.bfloat16.itemsize, device)
-    constants = launcher_constants(problem, configs.compares_doubles(device), num_lanes)
-    sizes = {name: constants[name] for name in configs.TILES[kernel]}
-    return label(triton.Config(sizes, num_warps=constants["num_warps"], num_stages=1))
+    few = tokens <= lanes.most_few_tokens(n, device)
+    num_lanes = lanes.lanes_of_few_tokens(n, torch.bfloat16.itemsize) if few else 2
+    plan = rule(problem, configs.compares_doubles(device), num_lanes)
+    sizes = {name: getattr(plan, FIELDS[name]) for name in configs.TILES[kernel]}
+    return label(triton.Config(sizes, num_warps=plan.num_warps, num_stages=1))
 
 
 def tokens_of(sizes, num_warps):
@@ -247,49 +253,37 @@ def compile_one(problem, config, target):
     arch = f"{target.backend}:{'sm' if target.backend == 'cuda' else ''}{target.arch}"
     try:
         kernel, args, constants, _ = launch(problem, config, "meta", arch)
-        binary = kernel.warmup(*args, grid=(1,), **constants)
+        compiled = kernel.warmup(*args, grid=(1,), **constants)
     except Exception as error:  # whatever it is, it belongs in the configuration's row
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-    return resources(binary)
+    return resources(compiled)
 
 
-def resources(binary):
+def resources(kernel):
     """Registers a thread, its bytes in local memory (spilled, except for the frontier kernel's lists), shared bytes a
     program, instructions, and a hash of those."""
-    if "cubin" in binary.asm:
+    code = machine_code(kernel)
+    if "cubin" in kernel.asm:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(binary.asm["cubin"])
+            file.write(kernel.asm["cubin"])
             file.flush()
             command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
             text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         registers, spills = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
-        code = machine_code(binary.asm["cubin"])
         instructions = len(code) // 16
     else:
-        text = binary.asm["amdgcn"]
-        counts = {name: int(re.search(rf"\.{name}: +(\d+)", text)[1])
-                  for name in ("vgpr_count", "private_segment_fixed_size")}  # fmt: skip
-        registers, spills = counts.values()
-        lines = re.findall(r"^\t(?![.;])(.*?)(?:;.*)?$", text, flags=re.MULTILINE)
-        code, instructions = "\n".join(lines).encode(), len(lines)
+        registers, spills = (int(re.search(rf"\.{name}: +(\d+)", kernel.asm["amdgcn"])[1])
+                             for name in ("vgpr_count", "private_segment_fixed_size"))  # fmt: skip
+        instructions = code.count(b"\n") + 1
     # Besides what Triton allocates there is what a kernel's own PTX declares.
-    declared = re.findall(r"\.shared [^;]*\[(\d+)\]", binary.asm.get("ptx", ""))
+    declared = re.findall(r"\.shared [^;]*\[(\d+)\]", kernel.asm.get("ptx", ""))
     return {
         "registers": registers,
         "spills": spills,
-        "shared": binary.metadata.shared + sum(map(int, declared)),
+        "shared": kernel.metadata.shared + sum(map(int, declared)),
         "instructions": instructions,
-        "binary": hashlib.sha256(code).hexdigest()[:12],
+        "binary": short_hash(code),
     }
-
-
-def machine_code(cubin):
-    """The instructions of a kernel, 16 bytes each: the executable sections of its ELF file. Disassembling them would
-    take as long as compiling."""
-    (table,) = struct.unpack_from("<Q", cubin, 40)
-    size, count = struct.unpack_from("<HH", cubin, 58)
-    sections = [struct.unpack_from("<IIQQQQ", cubin, table + number * size) for number in range(count)]
-    return b"".join(cubin[start : start + length] for _, _, flags, _, start, length in sections if flags & EXECUTABLE)
 
 
 def occupancy(arch, registers, shared, num_warps):
@@ -369,25 +363,25 @@ def _compile_for(connection):
 def compile_table(targets=tuple(TARGETS), problems=COMPILED_PROBLEMS, only=None):
     """What the compiler says of every configuration, as a table, for some of TARGETS.
 
-    Rows of these versions and this source that are on record are not made again. `only` takes a job (problem, config)
-    and says whether it is wanted; then nothing is recorded.
+    Rows that are on record, of this Triton and the same binary, are not recorded again. `only` takes a job (problem,
+    config) and says whether it is wanted; then nothing is recorded.
     """
-    rows = tables.read("compiled") if only is None else pd.DataFrame()
-    for column in ("triton", "source") if len(rows) else ():
-        rows = rows[rows[column] == tables.setting()[column]]
-    known = set(rows[["arch", *KEY]].itertuples(index=False, name=None)) if len(rows) else set()
+    rows = tables.of_setting("compiled", ["triton"]) if only is None else pd.DataFrame()
+    known = tables.last_keys(rows, ["arch", *KEY], ["binary"])
     jobs = [
         (problem, config, TARGETS[arch])
         for problem, config in all_jobs(problems)
         for arch in targets
-        if (arch, *key_of(problem, config)) not in known and (only is None or only(problem, config))
+        if only is None or only(problem, config)
     ]
     jobs.sort(key=lambda job: job[1].num_stages)  # the numbers of stages that repeat others come last
     arch_of = {target: arch for arch, target in TARGETS.items()}
     with recording("compiled" if only is None else None, folder="compiled") as new:
         progress = {"total": len(jobs), "desc": "compiling", "disable": only is not None}
         for (problem, config, target), outcome in tqdm(compile_jobs(jobs), **progress):
-            new({"arch": arch_of[target], **dict(zip(KEY, key_of(problem, config), strict=True)), **outcome})
+            row = {"arch": arch_of[target], **dict(zip(KEY, key_of(problem, config), strict=True)), **outcome}
+            if tables.key(row, ["arch", *IDENTITY]) not in known:
+                new(row)
     return with_occupancy(pd.concat([rows, pd.DataFrame(new.rows)], ignore_index=True))
 
 
@@ -479,64 +473,65 @@ def this_gpu():
     return columns, triton.runtime.driver.active.get_current_target()
 
 
-def run_jobs(jobs, minutes, keep):
+def run_jobs(jobs, minutes, keep, known=frozenset()):
     """Compiles the jobs in parallel, then times them one by one, and hands each row to `keep` as soon as it is there.
 
-    Stops when the minutes are over; at least half of them are for the compiler. Raises RuntimeError where there is no
-    GPU.
+    Rows whose IDENTITY is known are left out. Stops when the minutes are over; at least half of them are for the
+    compiler. Raises RuntimeError where there is no GPU.
+
+    Returns:
+        How many jobs were left, because the time was over.
     """
     device, target = this_gpu()
-    start, limit, left = time.monotonic(), 60 * minutes, len(jobs) * TIME_SECONDS
-    estimate = 10 + len(jobs) * COMPILE_SECONDS / os.cpu_count() + left
-    print(f"{len(jobs)} configurations: about {estimate:.0f} s, at most {limit:.0f} s")
+    start, limit = time.monotonic(), 60 * minutes
+    estimate = 10 + len(jobs) * (COMPILE_SECONDS / os.cpu_count() + TIME_SECONDS)
+    print(f"{len(jobs)} configurations: {estimate:.0f} s if all are new, at most {limit:.0f} s")
     rules = {problem: chosen(problem) for problem, _ in jobs if problem.kernel not in N2_KERNELS}
-    rows = {key_of(problem, config): {**dict(zip(KEY, key_of(problem, config), strict=True)), **device,
-                                      "chosen": label(config) == rules.get(problem)}
-            for problem, config in jobs}  # fmt: skip
-    to_compile = [(*job, target) for job in jobs]
-    compiled = {}
-    progress = {"total": len(to_compile), "desc": "compiling"}
-    outcomes = compile_jobs(to_compile, start + max(limit - left, limit / 2))
-    for (problem, config, _), outcome in tqdm(outcomes, **progress):
-        key = key_of(problem, config)
-        if "error" in outcome:
-            keep({**rows[key], **outcome})
+    compiled, left = {}, len(jobs)
+    outcomes = compile_jobs([(*job, target) for job in jobs], start + max(limit - left * TIME_SECONDS, limit / 2))
+    for (problem, config, _), outcome in tqdm(outcomes, total=len(jobs), desc="compiling"):
+        row = {**dict(zip(KEY, key_of(problem, config), strict=True)), **device,
+               "chosen": label(config) == rules.get(problem), **outcome}  # fmt: skip
+        if tables.key(row, IDENTITY) in known:
+            left -= 1
+        elif "error" in row:
+            keep(row)
+            left -= 1
         else:
-            compiled[key] = {**rows[key], **outcome}
+            compiled[key_of(problem, config)] = row
     best = dict.fromkeys(PROBLEMS, math.inf)
     for problem, config in tqdm([job for job in jobs if key_of(*job) in compiled], desc="timing"):
         if time.monotonic() > start + limit:
-            return
+            break
         row = compiled[key_of(problem, config)]
         try:
             times = measure(prepare(problem, config, device["arch"]), best[problem])
+            best[problem] = min(best[problem], times[0])
+            row |= dict(zip(("time_us", "low_us", "high_us"), (round(t, 3) for t in times), strict=True))
         except torch.AcceleratorError:
             raise  # the GPU is lost to this process: nothing after it would be a measurement
         except Exception as error:  # the configuration's own fault, and its row says so
-            keep({**row, "error": f"{type(error).__name__}: {error}".splitlines()[0][:200]})
-            continue
-        best[problem] = min(best[problem], times[0])
-        keep({**row, **dict(zip(("time_us", "low_us", "high_us"), (round(t, 3) for t in times), strict=True))})
+            row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        keep(row)
+        left -= 1
+    return left
 
 
 def run_study(minutes=5, problems=PROBLEMS):
-    """Times what is not on record for this GPU, these versions and this source. Ctrl-C keeps what was measured.
+    """Compiles every configuration and times those whose binary is not on record for this GPU and Triton. Ctrl-C keeps
+    what was measured.
 
     Raises RuntimeError where there is no GPU, OSError where the table cannot be written.
     """
     this_gpu()
-    known = keys_of(tables.measured_here("autotune"))
-    jobs = [job for job in all_jobs(problems) if key_of(*job) not in known]
-    print(f"{tables.setting()['gpu']}: {len(known)} configurations are on record, {len(jobs)} are not.")
-    if not jobs:
-        return
+    known, left = tables.last_keys(tables.of_setting("autotune", ["gpu", "triton"]), KEY, ["binary"]), None
     with recording("autotune") as keep:
         try:
-            run_jobs(jobs, minutes, keep)
+            left = run_jobs(all_jobs(problems), minutes, keep, known)
         except KeyboardInterrupt:
             print("Stopped.")
-    left = len(jobs) - len(keep.rows)
-    print(f"{len(keep.rows)} measured and kept in {tables.DATA}" + f", {left} left: run again to go on." * bool(left))
+    print(f"{tables.setting()['gpu']}: {len(keep.rows)} measured and kept in {tables.DATA}"
+          + ("" if left == 0 else f", {left or 'others'} left: run again to go on."))  # fmt: skip
 
 
 def verify(minutes=5):
@@ -564,17 +559,15 @@ def verify(minutes=5):
 
 
 def recorded_rows(table):
-    """The rows of a table, of every GPU: where a GPU was measured under several versions or sources, those of the one
-    with the most rows, the latest of equals, so that no two are mixed."""
+    """The rows of a table, of every GPU: where a GPU was measured under several Tritons, those of the one with the most
+    rows, the latest of equals, so that no two are mixed; of rows of one configuration the last."""
     rows = tables.read(table)
     if not len(rows):
         return rows
-    chosen = []
-    for _, of_gpu in rows.groupby("gpu", sort=False):
-        settings = [group for _, group in of_gpu.groupby(tables.SETTING, sort=False)]
-        chosen.append(max(settings, key=lambda group: (len(group), group.index.max())))
-    rows = pd.concat(chosen, ignore_index=True)
-    return rows
+    rows = rows.drop_duplicates(["gpu", "triton", *KEY], keep="last")
+    groups = [group for _, group in rows.groupby(["gpu", "triton"])]
+    groups.sort(key=lambda group: (len(group), group.index.max()))
+    return pd.concat({group["gpu"].iloc[0]: group for group in groups}.values(), ignore_index=True)
 
 
 def of_gpu(rows, gpu=RECORDED_GPU):
@@ -750,11 +743,12 @@ def tries_table(rows, within=1.05):
 
 
 def compiled_rows():
-    """What the compiler said, of the versions and the source it was asked for most, with predicted occupancy."""
+    """What the compiler said last, of the Triton it was asked for most, with predicted occupancy."""
     rows = tables.read("compiled")
     if not len(rows):
         return rows
-    groups = [group for _, group in rows.groupby(["triton", "source"], sort=False)]
+    rows = rows.drop_duplicates(["triton", "arch", *KEY], keep="last")
+    groups = [group for _, group in rows.groupby("triton", sort=False)]
     return with_occupancy(max(groups, key=len).reset_index(drop=True))
 
 

@@ -15,8 +15,9 @@ import time
 
 import speed_study as speed
 import tables
+import timing
 import torch
-import triton
+from binaries import binary_of
 from tqdm import tqdm
 
 CALLS = [
@@ -33,17 +34,17 @@ PROGRAM = pathlib.Path(__file__).resolve()
 
 
 def measure(again="OMNI_AGAIN" in os.environ):
-    """Make the first calls that this GPU has no rows of, with these versions and this source; all of them with `again`.
+    """Make the first calls that this GPU has no rows of, with these versions and this commit; all of them with `again`.
+    (The time is that of a compiler and of Python code, which no binary tells apart.)
 
     Returns:
         What was done, in words.
     """
     if not torch.cuda.is_available():
         return "not measured: no GPU here"
-    known = tables.measured_here("first_calls")
-    known = known[known.cache == "warm"] if len(known) and not again else known[:0]
-    known = set(known[["rival", *speed.CASE]].itertuples(index=False, name=None)) if len(known) else set()
-    work = [(name, case) for name, case in CALLS if (name, *case) not in known]
+    known = tables.of_setting("first_calls", [*tables.SETTING, "commit"])
+    known = set() if again else tables.last_keys(known, ["rival", *speed.CASE, "cache"], [])
+    work = [(name, case) for name, case in CALLS if (name, *case, "warm") not in known]
     print(f"{len(work)} first calls, each cold and warm: about {len(work) * SECONDS} s")
     for row in tqdm(rows_of(work), "first calls", 2 * len(work), leave=False):
         tables.append("first_calls", [row])
@@ -53,12 +54,12 @@ def measure(again="OMNI_AGAIN" in os.environ):
 def rows_of(work):
     """Yields the rows of some calls: all with an empty cache on disk, then all with what that left there. The processes
     of all calls begin together, and then call one after the other."""
-    unknown = dict.fromkeys(["first_s", "other_tokens", "other_s", "other_compiled", "error"])
+    unknown = dict.fromkeys(["first_s", "other_tokens", "other_s", "later_s", "binary", "error"])
     with tempfile.TemporaryDirectory() as folder:
         for cache in ("cold", "warm"):
             processes = [_start(name, case, f"{folder}/{number}") for number, (name, case) in enumerate(work)]
             for process, (name, case) in zip(processes, work, strict=True):
-                output, fault = process.communicate("call\n")
+                output, fault = process.communicate(f"{cache}\n")
                 failed = process.returncode != 0
                 last = ((fault if failed else output).strip().splitlines() or ["no output"])[-1]
                 found = {"error": last[:120]} if failed else json.loads(last)
@@ -73,7 +74,8 @@ def _start(name, case, cache):
 
 def call(name, case):
     """What this process's first call takes, and then a call with another token count: few after many, many after few,
-    which the router gives to different kernels."""
+    which the router gives to different kernels, and compiles in the background. With an empty cache the other call
+    comes at once (other_s), else when nothing is left to compile (later_s)."""
 
     def seconds(x, y):
         start = time.perf_counter()
@@ -81,37 +83,31 @@ def call(name, case):
         torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    def num_compiled():
-        return len(list(pathlib.Path(triton.knobs.cache.dir).glob("*/*.ttir")))
-
     other_tokens = 16 if case.num_tokens > 1024 else 65536
     some, others = speed.logits(case), speed.logits(case._replace(num_tokens=other_tokens))
     torch.cuda.synchronize()
-    input()  # until no other process calls
-    first = seconds(*some)
-    compiled = num_compiled()
-    found = {"first_s": first, "other_tokens": other_tokens, "other_s": seconds(*others)}
-    return found | {"other_compiled": num_compiled() - compiled}
+    cache = input()  # until no other process calls
+    found = {"first_s": seconds(*some), "other_tokens": other_tokens}
+    if cache == "warm":
+        timing.settle()
+    found["other_s" if cache == "cold" else "later_s"] = seconds(*others)
+    return found | {"binary": binary_of(lambda: speed.RIVALS[name].route(*some, case.k))}
 
 
 def table(rows):
     """First calls of one GPU with an empty and with a warm cache on disk, and what another token count costs after the
-    first of them, when nothing but that call's kernels is there."""
+    first of them: at once, and when what the first has left to the background is compiled."""
     lines = []
     for (name, *case), group in rows.groupby(["rival", *speed.CASE], sort=False):
-        by_cache = group.set_index("cache")
-        first, warm = by_cache.loc["cold"], by_cache.first_s.get("warm", math.nan)
-        if isinstance(first.error, str):
-            lines.append((name, *case, first.error, *"–" * 4))
+        by_cache = group.set_index("cache").reindex(["cold", "warm"])
+        cold, warm = by_cache.loc["cold"], by_cache.loc["warm"]
+        if isinstance(cold.error, str):
+            lines.append((name, *case, cold.error, *"–" * 4))
             continue
-        other = (
-            speed.number(first.other_tokens, ".0f"),
-            _duration(first.other_s),
-            speed.number(first.other_compiled, ".0f"),
-        )
-        lines.append((name, *case, _duration(first.first_s), _duration(warm), *other))
+        first, again, at_once, later = map(_duration, (cold.first_s, warm.first_s, cold.other_s, warm.later_s))
+        lines.append((name, *case, first, again, speed.number(cold.other_tokens, ".0f"), at_once, later))
     return speed.markdown(["rival", "tokens", "N", "k", "dtype", "empty cache", "warm cache", "then with tokens",
-                           "it took", "kernels it compiled"], lines)  # fmt: skip
+                           "at once", "later"], lines)  # fmt: skip
 
 
 def _duration(seconds):

@@ -5,13 +5,12 @@ The floor of a case is the time its logits, scores and indices take at the speed
 
 import collections
 import concurrent.futures
-import contextlib
+import dataclasses
 import functools
 import itertools
 import math
 import multiprocessing
 import os
-import pathlib
 import time
 
 import matplotlib.pyplot as plt
@@ -22,7 +21,7 @@ import tables
 import timing
 import torch
 import triton
-import triton.testing
+from binaries import binary_of
 from routing_study import BLUE, GREEN, ORANGE, RED, save_figure
 from tqdm import tqdm
 from triton.runtime.autotuner import Autotuner
@@ -31,26 +30,25 @@ from omni_kernels import (
     brute_force_router,
     factored,
     factored_router,
-    frontier,
-    lanes,
     omni_router,
     triton_omni_router_func,
     triton_omni_router_func_optimized,
 )
 from omni_kernels.configs import get_device
-
-NOTEBOOKS = pathlib.Path(__file__).resolve().parent
+from omni_kernels.factored import frontier, lanes, tile
 
 Case = collections.namedtuple("Case", ["num_tokens", "num_expert_sqrt", "k", "dtype"])
+CASE = list(Case._fields)
+SUBJECT = ["rival", *CASE, "layout"]  # what a row is of
+IDENTITY = [*SUBJECT, "binary", "error"]  # and what was compiled for it, or what kept it from that
 Rival = collections.namedtuple("Rival", ["route", "family", "why"])  # route(x, y, k) -> scores, indices
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COLORS = {"all N² sums": RED, "compositions": ORANGE, "factored kernels": BLUE, "omni_router": GREEN}
-GRAPH_UP_TO = 16384  # tokens: below, a launch from Python would hide the kernel, so a CUDA graph is timed
+WARM_UP_TO = 16384  # tokens whose logits stay in the cache, as behind the layer that has just made them
 QUANTILES = {"us": 0.5, "us_10": 0.1, "us_90": 0.9}
 SUMS_AT_ONCE = 1 << 30  # 4 GiB of fp32
-RUNS = 5  # at least, of which a time is the median
-SECONDS = 1.5  # that a measurement takes, as a rule, with its share of compiling
+SECONDS = 2  # that a case takes, as a rule, once everything is compiled
 WORKERS, PARTS = 14, 4  # processes that compile, and those of them that share the configurations of a tuned kernel
 
 # --- rivals ---
@@ -95,16 +93,6 @@ def _compiled_product_keys():
     return torch.compile(product_keys, dynamic=False)
 
 
-@contextlib.contextmanager
-def _replaced(module, **values):
-    before = {name: getattr(module, name) for name in values}
-    vars(module).update(values)
-    try:
-        yield
-    finally:
-        vars(module).update(before)
-
-
 def public_kernels(x, y, k):
     """The router's public implementation, github.com/flash-algo/omni-moe."""
     from omni_moe.ops.triton.omni_router import triton_omni_router_func  # only few have it
@@ -112,44 +100,21 @@ def public_kernels(x, y, k):
     return triton_omni_router_func(x, y, x.shape[1], k)
 
 
-class Changed:
-    """A kernel whose every launch has some constants changed."""
-
-    def __init__(self, kernel, constants):
-        self.kernel, self.constants, self.launched = kernel, constants, False
-
-    def __getitem__(self, _):
-        def launch(x, *args, **constants):
-            self.launched = True
-            changed = constants | self.constants
-            tokens_of_program = changed["TILE_M"] // changed.get("LANES", 1)
-            self.kernel[(triton.cdiv(len(x), tokens_of_program),)](x, *args, **changed)
-
-        return launch
-
-
-def tile_rung(**constants):
-    """The kernel that gives a token to a warp (factored.py), with some of its ideas turned off."""
+def tile_rung(**changes):
+    """The kernel that gives a token to a warp (tile.py), with some of its ideas turned off."""
 
     def route(x, y, k):
-        kernel = Changed(factored.factored_kernel, constants)
-        nowhere = {"runs_on": lambda *_: False}
-        with _replaced(lanes, **nowhere), _replaced(frontier, **nowhere), _replaced(factored, factored_kernel=kernel):
-            result = factored.factored_forward(x, y, k)
-        if not kernel.launched:
-            raise RuntimeError("the launcher chose another kernel than the rung's")
-        return result
+        return factored.run(dataclasses.replace(tile.plan_for(x, y, k, x.dtype), **changes), x, y)
 
     return route
 
 
-def lanes_rung(**constants):
+def lanes_rung(**changes):
     """The kernel that gives a row to a lane (lanes.py), with some of its ideas turned off. Two lanes a token."""
 
     def route(x, y, k):
-        kernel = Changed(lanes.lanes_kernel, constants)
-        with _replaced(lanes, lanes_kernel=kernel, lanes_per_token=lambda *_: 2):
-            return lanes.lanes_forward(x, y, k, x.dtype)
+        plan = lanes.plan_for(x, y, k, x.dtype, few_tokens=False)
+        return factored.run(dataclasses.replace(plan, **changes), x, y)
 
     return route
 
@@ -159,11 +124,11 @@ QUACK, ORIGINAL, OPTIMIZED, OMNI = "QuACK top-k, compiled", "original kernels", 
 FRONTIER, PUBLIC = "frontier kernel", "omni-moe kernels"
 
 # What the later rungs change, the last one first.
-KEPT = {"PRIORITY": "evict_normal"}
-COMPARED = KEPT | {"ADDED": False}
-STRAIGHT = COMPARED | {"LOOPED": False}
-ONE_WARP = STRAIGHT | {"TILE_M": 32, "num_warps": 1}  # two lanes a token make it 16 tokens
-LONG_PAIRS = ONE_WARP | {"NARROW": False}
+KEPT = {"priority": "evict_normal"}
+COMPARED = KEPT | {"add_minima": False}
+STRAIGHT = COMPARED | {"looped": False}
+ONE_WARP = STRAIGHT | {"num_warps": 1}
+LONG_PAIRS = ONE_WARP | {"short_pairs": False}
 
 # In the order of the ladder; the last is none of its rungs. A rung says what is new in it.
 RIVALS = {
@@ -199,17 +164,17 @@ RIVALS = {
         "The same on a public top-k kernel in CuTe, which hides the column in the value's low bits.",
     ),
     "one kernel": Rival(
-        tile_rung(CHUNK=1, WIDE_KEYS=True, NUM_CANDIDATES=256),
+        tile_rung(chunk=1, wide_keys=True, num_candidates=256),
         "factored kernels",
         "A warp takes a token from logits to results, nothing is stored in between; room for all k² pairs.",
     ),
     "staircase": Rival(
-        tile_rung(CHUNK=1, WIDE_KEYS=True),
+        tile_rung(chunk=1, wide_keys=True),
         "factored kernels",
         "Pairs of ranks with a·b > k cannot win: fewer places to sort.",
     ),
     "packed keys": Rival(
-        tile_rung(CHUNK=1), "factored kernels", "Value and column of a 16-bit logit share one 32-bit integer."
+        tile_rung(chunk=1), "factored kernels", "Value and column of a 16-bit logit share one 32-bit integer."
     ),
     "chunk maxima": Rival(
         tile_rung(),
@@ -217,22 +182,22 @@ RIVALS = {
         "The k best lie in the k chunks with the largest maxima: those are sorted, then what is in them.",
     ),
     "a row a lane": Rival(
-        lanes_rung(TILE_N=0, CHUNK=1, VECTOR=0, STAGED=False, HALVED=False, FP64=False, **LONG_PAIRS),
+        lanes_rung(tile_n=0, chunk=1, vector=0, staged=False, short_keys=False, doubles=False, **LONG_PAIRS),
         "factored kernels",
         "Sorting networks in a lane's own registers; a token's two lanes meet only for the pairs.",
     ),
     "vector loads": Rival(
-        lanes_rung(CHUNK=1, STAGED=False, HALVED=False, FP64=False, **LONG_PAIRS),
+        lanes_rung(chunk=1, staged=False, short_keys=False, doubles=False, **LONG_PAIRS),
         "factored kernels",
         "A lane reads 16 bytes of its row at a time.",
     ),
     "staged rows": Rival(
-        lanes_rung(CHUNK=1, HALVED=False, FP64=False, **LONG_PAIRS),
+        lanes_rung(chunk=1, short_keys=False, doubles=False, **LONG_PAIRS),
         "factored kernels",
         "A warp copies its rows together into shared memory, in whole cache lines.",
     ),
     "chunk maxima in a lane": Rival(
-        lanes_rung(HALVED=False, FP64=False, **LONG_PAIRS),
+        lanes_rung(short_keys=False, doubles=False, **LONG_PAIRS),
         "factored kernels",
         "The maxima first, here too; two logits of 16 bits at once.",
     ),
@@ -264,7 +229,7 @@ RIVALS = {
     ),
     OMNI: Rival(omni_router, "omni_router", "What people call: the kernel it chooses, its checks, and autograd."),
     FRONTIER: Rival(
-        lambda x, y, k: frontier.frontier_forward(x, y, k, x.dtype),
+        lambda x, y, k: factored.run(frontier.plan_for(x, y, k, x.dtype), x, y),
         "factored kernels",
         "For many experts a token: lists in shared memory, and the pairs taken one by one.",
     ),
@@ -355,69 +320,100 @@ def examined(rival, num_expert_sqrt, k):
 
 
 def measure(again="OMNI_AGAIN" in os.environ):
-    """Measure the tables this GPU has no rows of, with these versions and this source; all of them with `again`.
+    """Measure the cases that are not on record for this GPU, these versions and what is compiled here; with `again` all
+    of them. Of a case that lacks a row all rivals are measured, so that one host has timed their calls.
 
-    A table that cannot be measured is told of, and does not keep the others from it.
+    What cannot be measured is told of, and does not keep the others from it.
 
     Returns:
         {table: what was done about it}.
     """
     if not torch.cuda.is_available():
         return dict.fromkeys(TABLES, "not measured: no GPU here")
-    work = {table: cases for table, cases in TABLES.items() if again or tables.measured_here(table).empty}
-    count = sum(len(names) for cases in work.values() for _, names in cases)
-    print(f"{count} measurements: about {count * SECONDS:.0f} s")
     start = time.perf_counter()
-    ahead = attempt(_compile_ahead, [pair for table in work if table != "layouts" for pair in work[table]])
-    done = dict.fromkeys(TABLES, "measured before")
-    if work:
-        done = {"compiled ahead": ahead["error"] if ahead else f"in {time.perf_counter() - start:.0f} s"} | done
-    others = {"layouts": layout_rows, "memory": memory_rows}
-    for table in work:
+    print(f"Compiling: a minute or two. Then {sum(map(len, TABLES.values()))} cases: about {SECONDS:.0f} s each if new")
+    ahead = attempt(_compile_ahead, [pair for table in TABLES if table != "layouts" for pair in TABLES[table]])
+    done = {"compiled ahead": ahead["error"] if ahead else f"in {time.perf_counter() - start:.0f} s"}
+    for table, cases in TABLES.items():
         start = time.perf_counter()
-        rows = others.get(table, timed_rows)
-        failed = attempt(lambda rows=rows, table=table: tables.append(table, rows(work[table])))
-        done[table] = failed["error"] if failed else f"measured now, in {time.perf_counter() - start:.0f} s"
+        known = set() if again else tables.last_keys(tables.of_setting(table), SUBJECT)
+        done[table] = attempt(_measure_table, table, cases, known)
+        if isinstance(done[table], dict):
+            done[table] = done[table]["error"]
+        done[table] += f", in {time.perf_counter() - start:.0f} s"
     return done
 
 
-def timed_rows(work):
-    """The rows of a timed table: every rival of a case on the same logits."""
-    rows = []
-    for case, names in _progress(work):
-        x, y = logits(case)
-        want = reference(x, y, case.k)
-        rows += [timed_row(name, case, x, y, want) for name in names]
+def _measure_table(table, cases, known):
+    count = 0
+    for case, names in tqdm(cases, desc=table, unit="case", leave=False):
+        rows = rows_of(table, case, names, known)
+        if rows:
+            tables.append(table, rows)
+            count += 1
+    return f"{count} of {len(cases)} cases measured now, the others before"
+
+
+def rows_of(table, case, names, known=frozenset()):
+    """A table's rows of a case: every rival on the same logits, or `omni_router` on logits that lie differently in
+    memory. None where the identities of all are known."""
+    factors = logits(case)
+    subjects = [({"rival": name}, factors) for name in names]
+    if table == "layouts":
+        subjects = [({"rival": OMNI, "layout": name}, tuple(map(LAYOUTS[name], factors))) for name in names]
+    unknown = dict.fromkeys(["binary", "error"])
+    rows = [{**label, **case._asdict(), **unknown, **attempt(compiled_by, label["rival"], x, y, case.k)}
+            for label, (x, y) in subjects]  # fmt: skip
+    if all(tables.key(row, IDENTITY) in known for row in rows):
+        return []
+    if table == "memory":
+        measured = {"results_bytes": num_bytes(case) - sum(factor.nbytes for factor in factors), "peak_bytes": None}
+        rest = (peak_bytes,)
+    else:
+        measured = {"floor_us": floor_us(case, limits()["bandwidth_gbs"]), **limits()}
+        measured |= dict.fromkeys(["method", *QUANTILES, "call_us", "check"])
+        rest = timed, reference(*factors, case.k)
+    function, *want = rest
+    for row, (_, (x, y)) in zip(rows, subjects, strict=True):
+        row |= measured
+        if not row["error"]:
+            row |= attempt(function, row["rival"], x, y, case.k, *want)
     return rows
 
 
-def layout_rows(work):
-    """The rows of the layouts table: `omni_router` on the same logits, which lie differently in memory."""
-    rows = []
-    for case, names in _progress(work):
-        factors = logits(case)
-        want = reference(*factors, case.k)
-        rows += [{**timed_row(OMNI, case, *map(LAYOUTS[name], factors), want), "layout": name} for name in names]
-    return rows
+def compiled_by(name, x, y, k):
+    """What a rival launches; of PyTorch's own operators nothing, since they belong to its version."""
+    if name == ALL_SUMS or RIVALS[name].family == "compositions":
+        RIVALS[name].route(x, y, k)
+        return {"binary": ""}
+    return {"binary": binary_of(lambda: RIVALS[name].route(x, y, k))}
 
 
-def _progress(work):
-    return tqdm(work, desc="measuring", unit="case", leave=False)
-
-
-def timed_row(name, case, x, y, want):
-    """A rival's row in a timed table, whether it can be timed or not."""
-    method = "graph" if case.num_tokens <= GRAPH_UP_TO else "do_bench"
-    known = {**case._asdict(), "method": method, "floor_us": floor_us(case, limits()["bandwidth_gbs"]), **limits()}
-    unknown = dict.fromkeys([*QUANTILES, "check", "error"])
-    return {"rival": name, **known, **unknown, **attempt(timed, name, method, x, y, case.k, want)}
-
-
-def timed(name, method, x, y, k, want):
+def timed(name, x, y, k, want):
     """A rival's times and how its result compares; what the first call compiles and tunes is not timed."""
     route = RIVALS[name].route
     check = compare(route(x, y, k), want, x, y)
-    return {**dict(zip(QUANTILES, time_us(lambda: route(x, y, k), method), strict=True)), "check": check}
+    return {**times_us(lambda *logits: route(*logits, k), x, y), "check": check}
+
+
+def times_us(call, *tensors):
+    """What a call takes: its kernels, in a CUDA graph (quantiles, in µs), and from Python. Inputs of more than
+    WARM_UP_TO tokens come from memory. Where there can be no graph, the time of the call is all there is."""
+    from_python = timing.call_us(lambda: call(*tensors))
+    count = 1 if len(tensors[0]) <= WARM_UP_TO else timing.num_copies(sum(tensor.nbytes for tensor in tensors))
+    copies = [tensors, *(tuple(map(_copy, tensors)) for _ in range(count - 1))]
+    try:
+        times = timing.kernel_us([functools.partial(call, *copy) for copy in copies], list(QUANTILES.values()))
+        method = "graph"
+    except RuntimeError:  # it synchronises, or takes too much memory
+        torch.cuda.synchronize()
+        times, method = [from_python] * len(QUANTILES), "call"
+    return {"method": method, **dict(zip(QUANTILES, times, strict=True)), "call_us": from_python}
+
+
+def _copy(tensor):
+    """With the same strides."""
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def attempt(function, *args):
@@ -432,23 +428,13 @@ def attempt(function, *args):
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:120]}
 
 
-def time_us(call, method):
-    """The quantiles of a call's time in microseconds."""
-    if method == "graph":
-        times = triton.testing.do_bench_cudagraph(call, rep=10, quantiles=list(QUANTILES.values()))
-    else:
-        rep = max(20, RUNS * timing.once(call) / 1000)
-        times = timing.do_bench(call, warmup=5, rep=rep, quantiles=list(QUANTILES.values()))
-    return [1e3 * ms for ms in times]
-
-
 @functools.cache
 def limits():
     """What no kernel can beat here: the bytes a copy reads and writes (GB/s, no cache holds them), an empty kernel."""
     source = torch.ones(1 << 29, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
-    copy_us = time_us(lambda: target.copy_(source), "do_bench")[0]
-    empty_us = time_us(lambda: empty_kernel[(1,)](), "graph")[0]
+    copy_us = timing.call_us(lambda: target.copy_(source))  # long enough to hide any host
+    empty_us = timing.kernel_us([lambda: empty_kernel[(1,)]()])[0]
     return {"bandwidth_gbs": 2 * len(source) / copy_us / 1e3, "empty_us": empty_us}
 
 
@@ -481,24 +467,13 @@ def compare(got, want, x, y):
     return "ties" if distinct and torch.equal(sums.to(scores.dtype), scores) else "inexact"
 
 
-def memory_rows(work):
-    """The rows of the memory table: the most a call had allocated at a time, its results included, its logits not."""
-    rows = []
-    for case, names in _progress(work):
-        x, y = logits(case)
-        known = {**case._asdict(), "results_bytes": case.num_tokens * case.k * (x.itemsize + 4)}
-        unknown = dict.fromkeys(["peak_bytes", "error"])
-        for name in names:
-            rows.append({"rival": name, **known, **unknown, **attempt(peak_bytes, RIVALS[name].route, x, y, case.k)})
-    return rows
-
-
-def peak_bytes(route, x, y, k):
-    route(x, y, k)  # what is allocated once, such as a library's workspace, is not the call's
+def peak_bytes(name, x, y, k):
+    """The most a call has allocated at a time, its results included, its logits not. What is allocated once, such as a
+    library's workspace, an earlier call has allocated."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    route(x, y, k)
+    RIVALS[name].route(x, y, k)
     torch.cuda.synchronize()
     return {"peak_bytes": torch.cuda.max_memory_allocated() - before}
 
@@ -542,20 +517,21 @@ def _compile_job(name, cases, part):
 
 # --- reading the tables ---
 
-CASE = list(Case._fields)
 NO_RESULTS = "No measurement is recorded yet."
 NOISE = 1.02  # times that differ by less are the same
 
 
 def latest(table):
-    """The rows of a table to show: of each GPU those of its last run, H100s first. Empty where nobody measured."""
+    """The rows of a table to show: of each GPU those of its last versions, H100s first; of rows of the same case the
+    last, in the place of the first. Empty where nobody measured."""
     rows = tables.read(table)
     if rows.empty:
         return rows
     rows = rows.merge(rows.drop_duplicates("gpu", keep="last")[tables.SETTING], on=tables.SETTING)
-    rows = rows.drop_duplicates(["gpu", "rival", *CASE, *rows.columns.intersection(["cache", "layout"])], keep="last")
-    order = rows.gpu.map(lambda gpu: ("H100" not in gpu, gpu))
-    return rows.assign(gpu_order=order).sort_values("gpu_order", kind="stable").drop(columns="gpu_order")
+    case = ["gpu", "rival", *CASE, *rows.columns.intersection(["cache", "layout"])]
+    rows["place"] = rows.groupby(case, sort=False).ngroup()
+    rows["order"] = rows.gpu.map(lambda gpu: ("H100" not in gpu, gpu))
+    return rows.drop_duplicates("place", keep="last").sort_values(["order", "place"]).drop(columns=["order", "place"])
 
 
 def _groups(rows, columns):
@@ -612,18 +588,19 @@ def ladder_table(rows):
 
 
 def targets_table(rows):
-    """omni_router of one GPU over all cases: its time, its share of the floor's speed, and the other rivals' times."""
+    """omni_router of one GPU over all cases: its time, its share of the floor's speed, the time of a call from Python,
+    and the other rivals' times."""
     lines = []
     for case, group in rows.groupby(CASE, sort=False):
         times = group.set_index("rival").us
-        ours, floor = times[OMNI], group.floor_us.iloc[0]
-        others = times.drop(OMNI).dropna()
-        best = f"{others.idxmin()}, {others.min() / ours:.3g}×" if len(others) and ours == ours else "–"
         row = group.set_index("rival").loc[OMNI]
-        check = row.check if ours == ours else row.error
-        lines.append((*case, microseconds(floor), microseconds(ours), share(floor, ours), check, best))
-    header = ["tokens", "N", "k", "dtype", "floor, µs", "`omni_router`, µs", "of the floor's speed", "result"]
-    return markdown([*header, "fastest other measured here, and how many times its time is"], lines)
+        others = times.drop(OMNI).dropna()
+        best = f"{others.idxmin()}, {others.min() / row.us:.3g}×" if len(others) and row.us == row.us else "–"
+        check = row.check if row.us == row.us else row.error
+        lines.append((*case, *map(microseconds, (row.floor_us, row.us)), share(row.floor_us, row.us),
+                      microseconds(row.call_us), check, best))  # fmt: skip
+    header = ["tokens", "N", "k", "dtype", "floor, µs", "`omni_router`, µs", "of the floor's speed", "a call, µs"]
+    return markdown([*header, "result", "fastest other measured here, and how many times its time is"], lines)
 
 
 def layouts_table(rows):
@@ -655,9 +632,10 @@ def number(value, spec):
 
 
 def describe(rows):
-    """On what one GPU's rows were measured."""
-    row = rows.iloc[-1]
-    return f"{row.gpu}, PyTorch {row.torch}, Triton {row.triton}, {row.date}, commit {row.commit}"
+    """On what one GPU's rows were measured, and when."""
+    row, days, commits = rows.iloc[-1], sorted(set(rows.date)), list(dict.fromkeys(rows.commit))
+    when = f"{' to '.join(dict.fromkeys([days[0], days[-1]]))}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
+    return f"{row.gpu}, PyTorch {row.torch}, Triton {row.triton}, {when}"
 
 
 def distance():
@@ -695,29 +673,13 @@ def losses():
     return list(dict.fromkeys(found))
 
 
-# --- README ---
-
-README = NOTEBOOKS.parent / "README.md"
-MARKS = "<!-- results: filled by notebooks/study.py --readme -->", "<!-- end of results -->"
-
-
-def with_results(text):
-    """README's text with the results in their place: for every GPU what omni_router takes in each case."""
-    before, rest = text.split(MARKS[0])
-    return f"{before}{MARKS[0]}\n\n{told('targets', targets_table)}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
-
-
-def fill_readme():
-    README.write_text(with_results(README.read_text()))
-
-
 # --- pictures ---
 
 
 def draw_ladder(rows):
     """A bar for every rung, its time on a log scale, and the floor; a column of bars for every GPU."""
     rows = rows.dropna(subset="us")
-    figure, panels = _panels(rows, width=7.5, height=5.6)
+    figure, panels = panel_for_each_gpu(rows, width=7.5, height=5.6)
     for axes, (gpu, group) in zip(panels, _groups(rows, "gpu"), strict=True):
         places = np.arange(len(group))
         axes.barh(places, group.us, color=[COLORS[RIVALS[name].family] for name in group.rival], height=0.75)
@@ -734,7 +696,7 @@ def draw_ladder(rows):
     families = dict.fromkeys(RIVALS[name].family for name in rows.rival)
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLORS[family]) for family in families]
     panels[0].legend(handles, families, loc="lower right", fontsize=9)
-    return _finish(figure)
+    return finish(figure)
 
 
 STYLES = {
@@ -745,7 +707,7 @@ STYLES = {
 
 def draw_against(rows, column, label):
     """Time against one size, a line for each rival, and the floor; a panel for every GPU."""
-    figure, panels = _panels(rows, width=7.5, height=5)
+    figure, panels = panel_for_each_gpu(rows, width=7.5, height=5)
     for axes, (gpu, group) in zip(panels, _groups(rows, "gpu"), strict=True):
         _draw_lines(axes, group, column, "us")
         floor = group.drop_duplicates(column).sort_values(column)
@@ -754,19 +716,19 @@ def draw_against(rows, column, label):
             axes.axhline(floor.empty_us.iloc[0], color="grey", linestyle=":", linewidth=1.2, label="empty kernel")
         axes.set(xlabel=label, ylabel="µs", title=gpu)
         axes.legend(fontsize=8)
-    return _finish(figure)
+    return finish(figure)
 
 
 def draw_memory(rows):
     """The memory a call takes against N; its results are the least it can be."""
-    figure, panels = _panels(rows, width=6.5, height=4.2)
+    figure, panels = panel_for_each_gpu(rows, width=6.5, height=4.2)
     for axes, (gpu, group) in zip(panels, _groups(rows, "gpu"), strict=True):
         _draw_lines(axes, group.assign(mebibytes=group.peak_bytes / 2**20), "num_expert_sqrt", "mebibytes")
         least = group.results_bytes.iloc[0] / 2**20
         axes.axhline(least, color="black", linestyle="--", linewidth=1.2, label="results alone")
         axes.set(xlabel="N", ylabel="MiB at the peak, logits not counted", title=gpu)
         axes.legend(fontsize=8)
-    return _finish(figure)
+    return finish(figure)
 
 
 def _draw_lines(axes, rows, column, value):
@@ -783,7 +745,7 @@ def draw_roofline(rows):
     """Bytes a second against the values looked at for each byte: the copy is the roof, the diagonals are values a
     second."""
     rows = rows.dropna(subset="us").drop_duplicates(["gpu", "rival", *CASE])
-    figure, panels = _panels(rows, width=7, height=5)
+    figure, panels = panel_for_each_gpu(rows, width=7, height=5)
     for axes, (gpu, group) in zip(panels, _groups(rows, "gpu"), strict=True):
         for name in [name for name in STYLES if name in set(group.rival)]:
             points = group[group.rival == name]
@@ -805,12 +767,12 @@ def draw_roofline(rows):
                 axes.text(right, 10.0 ** (power - 9) / right, f" $10^{{{power}}}$ values/s", fontsize=8, va="center")
         axes.set(xlim=(left, right), ylim=(bottom, top))
         axes.legend(fontsize=8, ncol=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
-    return _finish(figure)
+    return finish(figure)
 
 
 def draw_guide(rows):
     """Speedup over the original kernels at the guide's sizes, and the range it expects of the optimized ones."""
-    figure, panels = _panels(rows, width=8, height=4.4)
+    figure, panels = panel_for_each_gpu(rows, width=8, height=4.4)
     for axes, (gpu, group) in zip(panels, _groups(rows, "gpu"), strict=True):
         labels = []
         for place, ((size, k), case) in enumerate(group.groupby(["num_expert_sqrt", "k"], sort=False)):
@@ -830,16 +792,16 @@ def draw_guide(rows):
         axes.grid(False, axis="x")
         axes.margins(y=0.15)
         axes.legend(fontsize=8)
-    return _finish(figure)
+    return finish(figure)
 
 
-def _panels(rows, width, height):
+def panel_for_each_gpu(rows, width, height):
     count = rows.gpu.nunique()
     figure, panels = plt.subplots(1, count, figsize=(width * count, height), squeeze=False)
     return figure, panels[0]
 
 
-def _finish(figure):
+def finish(figure):
     for axes in figure.axes:
         sns.despine(ax=axes)
     figure.tight_layout()

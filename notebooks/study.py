@@ -20,6 +20,8 @@ from tqdm import tqdm
 NOTEBOOKS = pathlib.Path(__file__).resolve().parent
 REPOSITORY = NOTEBOOKS.parent
 OUTPUT = REPOSITORY / "study-output"
+README = REPOSITORY / "README.md"
+MARKS = "<!-- results: filled by notebooks/study.py --readme -->", "<!-- end of results -->"
 
 
 def execute(path, destination):
@@ -94,9 +96,19 @@ def main():
 
 
 def fill_readme():
-    import speed_study  # here, since it reads where the tables are when it is imported
+    README.write_text(with_results(README.read_text()))
 
-    speed_study.fill_readme()
+
+def with_results(text):
+    """README's text with the results in their place: for every GPU what omni_router takes in each case, and what a call
+    of it costs the host."""
+    import calls  # here, since these read where the tables are when they are imported
+    import speed_study
+
+    before, rest = text.split(MARKS[0])
+    results = speed_study.told("targets", speed_study.targets_table), speed_study.told("calls", calls.ratios_table)
+    results = [text for text in results if text != speed_study.NO_RESULTS] or [speed_study.NO_RESULTS]
+    return "\n\n".join([before + MARKS[0], *results, MARKS[1] + rest.split(MARKS[1])[1]])
 
 
 if __name__ == "__main__":

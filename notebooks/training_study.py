@@ -3,10 +3,8 @@
 Times, the floor's bandwidth and the way tables are written are notebook 03's (speed_study.py).
 """
 
-import contextlib
 import os
 import pydoc_data.topics
-from unittest import mock
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,12 +12,12 @@ import pandas as pd
 import seaborn as sns
 import tables
 import torch
+from binaries import binary_of
 from matplotlib.colors import LogNorm
 from routing_study import BLUE, GREEN, ORANGE, RED, save_figure
 from speed_study import (
     CASE,
     DTYPES,
-    GRAPH_UP_TO,
     NO_RESULTS,
     Case,
     attempt,
@@ -28,7 +26,7 @@ from speed_study import (
     markdown,
     microseconds,
     share,
-    time_us,
+    times_us,
 )
 
 from omni_kernels import backward as kernels
@@ -36,8 +34,15 @@ from omni_kernels import omni_router
 from omni_kernels.original import original_backward
 from omni_kernels.reference import backward_router
 
+
+def plain_backward(grad, indices, num_expert_sqrt):
+    """By the plain Triton kernels, on any device."""
+    plan = kernels.plan_of(num_expert_sqrt, grad.shape[1], grad.dtype, grad.dtype, False)
+    return kernels.run(plan, grad, indices)
+
+
 SCATTER, ATOMICS, PLAIN, OURS = "PyTorch, scatter_add", "original kernel, atomics", "plain Triton", "shared memory"
-BACKWARDS = {SCATTER: backward_router, ATOMICS: original_backward, PLAIN: kernels.backward, OURS: kernels.backward}
+BACKWARDS = {SCATTER: backward_router, ATOMICS: original_backward, PLAIN: plain_backward, OURS: kernels.backward}
 COLORS = dict(zip(BACKWARDS, (ORANGE, RED, BLUE, GREEN), strict=True))
 BACKWARD_CASES = [
     Case(65536, 64, 16, "bf16"), Case(65536, 256, 16, "bf16"), Case(65536, 1024, 16, "bf16"),
@@ -53,17 +58,23 @@ RECORD_EVERY = 5  # training steps
 # --- tables ---
 
 
-def measure_missing(table, measure):
-    """Measure a table where there is a GPU that has yet to be. What fails is told, and does not end the run."""
-    if torch.cuda.is_available() and ("OMNI_AGAIN" in os.environ or tables.measured_here(table).empty):
-        failed = attempt(measure)
-        if failed:
-            print(f"{table}: not measured: {failed['error']}")
+def measure_missing(table, measure, probe):
+    """Measure a table where there is a GPU without rows of what `probe`, a function, launches here: `measure(binary)`
+    records them under its hash. What fails is told, and does not end the run."""
+    failed = attempt(_measure_missing, table, measure, probe) if torch.cuda.is_available() else None
+    if failed:
+        print(f"{table}: not measured: {failed['error']}")
+
+
+def _measure_missing(table, measure, probe):
+    binary = binary_of(probe)
+    if "OMNI_AGAIN" in os.environ or (binary,) not in tables.last_keys(tables.of_setting(table), [], ["binary"]):
+        measure(binary)
 
 
 def recorded(table, *keys):
-    """The last run of a table on this GPU, or else on the one that was measured last; of rows with the same keys the
-    last one."""
+    """The rows of a table on this GPU, or else on the one that was measured last, with the last versions; of rows with
+    the same keys the last one."""
     rows = tables.read(table)
     if len(rows):
         here = rows[rows.gpu == tables.setting()["gpu"]]
@@ -107,20 +118,9 @@ def sequential_sums(grad, indices, num_expert_sqrt):
     return tuple(sums.to(grad.dtype))
 
 
-@contextlib.contextmanager
-def chosen(name):
-    """Inside, `kernels.backward` takes the plain Triton kernels if that is what is named."""
-    if name == PLAIN:
-        with mock.patch.object(kernels, "_runs_ptx", lambda device: False):
-            yield
-    else:
-        yield
-
-
 def same_bits(name, grad, indices, num_expert_sqrt):
     """How a backward's gradients compare with the definition's."""
-    with chosen(name):
-        got = BACKWARDS[name](grad, indices, num_expert_sqrt)
+    got = BACKWARDS[name](grad, indices, num_expert_sqrt)
     want = sequential_sums(grad, indices, num_expert_sqrt)
     if all(map(torch.equal, got, want)):
         return "equal"
@@ -135,23 +135,29 @@ def backward_bytes(case):
     return case.num_tokens * (case.k * (size + 4) + 2 * case.num_expert_sqrt * size)
 
 
-def measure_backward(cases=BACKWARD_CASES, device="cuda"):
+def measure_backward(binary, cases=BACKWARD_CASES, device="cuda"):
     rows = []
     for case in cases:
         grad, indices = backward_problem(case, device)
         floor = backward_bytes(case) / limits()["bandwidth_gbs"] / 1e3
-        for name in BACKWARDS:
+        for name, function in BACKWARDS.items():
             row = {"rival": name, **case._asdict(), "floor_us": floor, **limits(), "us": None, "check": None}
-            rows.append(row | attempt(_timed_backward, name, case, grad, indices))
-    tables.append("backward", rows)
+            rows.append(row | attempt(_timed_backward, name, function, case, grad, indices))
+    tables.append("backward", rows, binary=binary)
 
 
-def _timed_backward(name, case, grad, indices):
+def _timed_backward(name, function, case, grad, indices):
     check = same_bits(name, grad, indices, case.num_expert_sqrt)
-    method = "graph" if case.num_tokens <= GRAPH_UP_TO else "do_bench"
-    with chosen(name):
-        us = time_us(lambda: BACKWARDS[name](grad, indices, case.num_expert_sqrt), method)[0]
-    return {"us": us, "check": check}
+    times = times_us(lambda grad, indices: function(grad, indices, case.num_expert_sqrt), grad, indices)
+    return {**times, "check": check}
+
+
+def launch_backwards(cases=BACKWARD_CASES, device="cuda"):
+    """Launches what `measure_backward` measures."""
+    for case in cases:
+        grad, indices = backward_problem(case, device)
+        for function in BACKWARDS.values():
+            attempt(function, grad, indices, case.num_expert_sqrt)
 
 
 def backward_table(rows):
@@ -187,15 +193,14 @@ def draw_backward(rows):
 def spread_of_runs(name, num_runs=30, case=REPEATED, device="cuda"):
     """How far the gradient of x moves between runs on the same input: largest minus smallest, (num_tokens, N)."""
     grad, indices = backward_problem(case, device)
-    with chosen(name):
-        runs = [BACKWARDS[name](grad, indices, case.num_expert_sqrt)[0] for _ in range(num_runs)]
+    runs = [BACKWARDS[name](grad, indices, case.num_expert_sqrt)[0] for _ in range(num_runs)]
     low, high = runs[0].clone(), runs[0].clone()
     for run in runs[1:]:
         low, high = torch.minimum(low, run), torch.maximum(high, run)
     return high - low
 
 
-def measure_repeats(names=(SCATTER, ATOMICS, OURS), device="cuda", window=32):
+def measure_repeats(binary, names=(SCATTER, ATOMICS, OURS), device="cuda", window=32):
     """Table repeats: how many numbers moved. Table repeats_map: by how much, for a window of tokens."""
     counts, cells = [], []
     for name in names:
@@ -206,8 +211,13 @@ def measure_repeats(names=(SCATTER, ATOMICS, OURS), device="cuda", window=32):
         start = spread.count_nonzero(1).unfold(0, window, window).sum(1).argmax().item() * window  # where most moved
         for token, row in enumerate(spread[start : start + window].tolist()):
             cells += [{"rival": name, "token": token, "column": i, "spread": value} for i, value in enumerate(row)]
-    tables.append("repeats", counts)
-    tables.append("repeats_map", cells)
+    tables.append("repeats", counts, binary=binary)
+    tables.append("repeats_map", cells, binary=binary)
+
+
+def launch_repeated():
+    """Launches what `measure_repeats` measures."""
+    launch_backwards([REPEATED])
 
 
 def repeats_table(rows):
@@ -269,8 +279,14 @@ def compare_dtypes(case, device):
     return rows
 
 
-def measure_precision(cases=PRECISION_CASES, device="cuda"):
-    tables.append("precision", [row for case in cases for row in compare_dtypes(case, device)])
+def measure_precision(binary, cases=PRECISION_CASES, device="cuda"):
+    tables.append("precision", [row for case in cases for row in compare_dtypes(case, device)], binary=binary)
+
+
+def launch_precision():
+    """Launches what `measure_precision` measures."""
+    for case in PRECISION_CASES:
+        compare_dtypes(case, "cuda")
 
 
 def precision_table(rows):
@@ -320,7 +336,7 @@ def batch(text, size, window, generator):
     return text[starts + torch.arange(window, device=text.device)], text[starts[:, 0] + window]
 
 
-def record_training(runs, sample):
+def record_training(binary, runs, sample):
     """Tables training (every few steps), training_runs (one row a run) and training_sample (text).
 
     runs: {name: dictionary with losses, seconds, experts (one count a layer), each a list with an entry a step,
@@ -338,10 +354,10 @@ def record_training(runs, sample):
             "rival": name, "steps": len(run["losses"]), "step_ms": 1e3 * np.median(run["seconds"]),
             "peak_bytes": run["peak_bytes"], "test_loss": run["test_loss"], "largest_difference": apart,
         })  # fmt: skip
-    tables.append("training", steps)
-    tables.append("training_runs", summary)
+    tables.append("training", steps, binary=binary)
+    tables.append("training_runs", summary, binary=binary)
     shown = "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in sample)
-    tables.append("training_sample", [{"text": shown}])
+    tables.append("training_sample", [{"text": shown}], binary=binary)
 
 
 def training_table(rows):

@@ -19,7 +19,7 @@ import tables  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 GPU = autotune.RECORDED_GPU
-SETTING = {"gpu": GPU, "torch": "2", "triton": "3", "source": "s", "commit": "c", "date": "2026-01-01"}
+SETTING = {"gpu": GPU, "torch": "2", "triton": "3", "commit": "c", "date": "2026-01-01"}
 PROBLEMS = [autotune.Problem("fwd", 1024, 64, 16), autotune.Problem("bwd", 1024, 64, 16)]
 
 
@@ -27,7 +27,7 @@ PROBLEMS = [autotune.Problem("fwd", 1024, 64, 16), autotune.Problem("bwd", 1024,
 def gpu(monkeypatch, tmp_path):
     """A GPU that compiles and times at once, by a formula; `gpu["stop"]` ends a run after that many timings."""
     plt.switch_backend("agg")
-    state = {"setting": dict(SETTING), "timed": [], "compiled": [], "stop": math.inf, "factor": 1.0}
+    state = {"setting": dict(SETTING), "timed": [], "compiled": [], "stop": math.inf, "factor": 1.0, "compiler": "one"}
     monkeypatch.setattr(tables, "DATA", tmp_path / "data")
     monkeypatch.setattr(tables, "RECORDED", tmp_path / "recorded")
     monkeypatch.setattr(tables, "setting", lambda: state["setting"])
@@ -38,7 +38,7 @@ def gpu(monkeypatch, tmp_path):
     def compile_jobs(jobs, deadline):
         for problem, config, target in reversed(jobs):
             state["compiled"].append(autotune.key_of(problem, config))
-            words = str(autotune.label(config)[:2])  # the same binary for any number of stages
+            words = f"{state['compiler']} {autotune.label(config)[:2]}"  # the same binary for any number of stages
             yield (
                 (problem, config, target),
                 {"error": "CompilationError: no"}
@@ -93,9 +93,11 @@ def test_a_run_records_every_configuration_and_a_second_adds_nothing(gpu, capsys
     assert rows["time_us"].notna().sum() == len(gpu["timed"]) == len(rows) - len(errors)
     assert (rows["gpu"] == GPU).all()
 
+    timed = len(gpu["timed"])
     autotune.run_study(problems=PROBLEMS)
     assert len(tables.read("autotune")) == len(rows)
-    assert "237 configurations are on record, 0 are not" in capsys.readouterr().out
+    assert len(gpu["timed"]) == timed
+    assert f"{GPU}: 0 measured and kept" in capsys.readouterr().out
 
 
 def test_what_was_measured_before_a_stop_is_kept_and_gone_on_from(gpu, capsys):
@@ -120,8 +122,8 @@ def test_the_time_is_over(gpu):
     assert tables.read("autotune")["error"].notna().all()  # found by compiling; nothing stands for what was not timed
 
 
-@pytest.mark.parametrize("changed", ["gpu", "torch", "triton", "source"])
-def test_a_changed_gpu_version_or_source_is_measured_anew_and_not_mixed(gpu, changed):
+@pytest.mark.parametrize("changed", ["gpu", "triton"])
+def test_another_gpu_or_triton_is_measured_anew_and_not_mixed(gpu, changed):
     autotune.run_study(problems=PROBLEMS[:1])
     gpu["setting"][changed] = "another"
     autotune.run_study(problems=PROBLEMS[:1])
@@ -131,11 +133,23 @@ def test_a_changed_gpu_version_or_source_is_measured_anew_and_not_mixed(gpu, cha
     assert set(rows[changed]) == ({GPU, "another"} if changed == "gpu" else {"another"})
 
 
-def test_a_short_run_of_another_source_does_not_replace_the_whole_record(gpu):
+def test_what_compiles_to_another_binary_is_measured_anew(gpu):
     autotune.run_study(problems=PROBLEMS[:1])
-    gpu["setting"]["source"], gpu["stop"] = "another", len(gpu["timed"]) + 3
+    failed = tables.read("autotune")["error"].eq("CompilationError: no").sum()
+    gpu["setting"] |= {"torch": "another", "commit": "another"}  # which no kernel is made of
+    gpu["compiler"] = "another"
     autotune.run_study(problems=PROBLEMS[:1])
-    assert set(autotune.recorded_rows("autotune")["source"]) == {"s"}
+    assert len(tables.read("autotune")) == 2 * 87 - failed
+    rows = autotune.recorded_rows("autotune")
+    assert len(rows) == 87
+    assert rows["binary"].dropna().str.startswith("another").all()
+
+
+def test_a_short_run_of_another_triton_does_not_replace_the_whole_record(gpu):
+    autotune.run_study(problems=PROBLEMS[:1])
+    gpu["setting"]["triton"], gpu["stop"] = "another", len(gpu["timed"]) + 3
+    autotune.run_study(problems=PROBLEMS[:1])
+    assert set(autotune.recorded_rows("autotune")["triton"]) == {"3"}
 
 
 def test_no_gpu():

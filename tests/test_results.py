@@ -15,7 +15,10 @@ from omni_kernels import brute_force_router, factored_router
 pytest.importorskip("seaborn")
 pd = pytest.importorskip("pandas")
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "notebooks"))
-speed, tables, timing = (importlib.import_module(name) for name in ("speed_study", "tables", "timing"))
+binaries, calls, speed, study, tables, timing, training = (
+    importlib.import_module(name)
+    for name in ("binaries", "calls", "speed_study", "study", "tables", "timing", "training_study")
+)
 
 MAIN, SMALL = speed.MAIN, speed.Case(7, 8, 4, "fp32")
 LIMITS = {"bandwidth_gbs": 3000.0, "empty_us": 1.5}
@@ -34,20 +37,29 @@ def recorded_tables(monkeypatch):
     monkeypatch.setattr(tables, "DATA", tables.RECORDED)
 
 
-def add_run(monkeypatch, gpu, source, table, *rows):
-    run = {"gpu": gpu, "torch": "2.0", "triton": "3.0", "source": source, "commit": "abc", "date": "2030-01-02"}
+def add_run(monkeypatch, gpu, torch_version, table, *rows):
+    run = {"gpu": gpu, "torch": torch_version, "triton": "3.0", "commit": "abc", "date": "2030-01-02"}
     monkeypatch.setattr(tables, "setting", lambda: run)
     tables.append(table, rows)
 
 
 def row(case, rival, us, **more):
     limits = {"floor_us": speed.floor_us(case, 3000.0), **LIMITS}
-    return {"rival": rival, **case._asdict(), "us": us, "check": "equal", "error": None, **limits, **more}
+    known = {
+        "rival": rival,
+        **case._asdict(),
+        "us": us,
+        "call_us": 70.0,
+        "check": "equal",
+        "binary": "b",
+        "error": None,
+    }
+    return {**known, **limits, **more}
 
 
 def test_readme_holds_the_recorded_results(recorded_tables):
-    text = speed.README.read_text()
-    assert speed.with_results(text) == text, "run notebooks/study.py --readme"
+    text = study.README.read_text()
+    assert study.with_results(text) == text, "run notebooks/study.py --readme"
 
 
 @pytest.mark.parametrize("table", speed.TIMED)
@@ -77,31 +89,31 @@ def test_what_each_family_looks_at():
 
 
 def test_readme_without_a_table(no_tables):
-    filled = speed.with_results(f"before\n{speed.MARKS[0]}\nold\n{speed.MARKS[1]}\nafter\n")
-    assert filled == f"before\n{speed.MARKS[0]}\n\n{speed.NO_RESULTS}\n\n{speed.MARKS[1]}\nafter\n"
+    filled = study.with_results(f"before\n{study.MARKS[0]}\nold\n{study.MARKS[1]}\nafter\n")
+    assert filled == f"before\n{study.MARKS[0]}\n\n{speed.NO_RESULTS}\n\n{study.MARKS[1]}\nafter\n"
 
 
-def test_results_are_of_the_last_run_of_each_gpu_h100_first(no_tables, monkeypatch):
-    add_run(monkeypatch, "A GPU", "new", "targets", row(MAIN, speed.OMNI, 500.0), row(MAIN, speed.QUACK, 1500.0))
-    add_run(monkeypatch, "An H100", "old", "targets", row(SMALL, speed.OMNI, 1.0))
-    add_run(monkeypatch, "An H100", "new", "targets", row(MAIN, speed.OMNI, 99.0))
+def test_results_are_of_the_last_versions_and_rows_of_each_gpu_h100_first(no_tables, monkeypatch):
+    add_run(monkeypatch, "A GPU", "2.0", "targets", row(MAIN, speed.OMNI, 500.0), row(MAIN, speed.QUACK, 1500.0))
+    add_run(monkeypatch, "An H100", "1.0", "targets", row(SMALL, speed.OMNI, 1.0))
+    add_run(monkeypatch, "An H100", "2.0", "targets", row(MAIN, speed.OMNI, 99.0))
     failed = row(MAIN, speed.FACTORED, None, check=None, error="OutOfMemoryError")
     add_run(
-        monkeypatch, "An H100", "new", "targets", row(MAIN, speed.OMNI, 50.0), row(MAIN, speed.QUACK, 160.0), failed
+        monkeypatch, "An H100", "2.0", "targets", row(MAIN, speed.OMNI, 50.0), row(MAIN, speed.QUACK, 160.0), failed
     )
     lines = speed.told("targets", speed.targets_table).splitlines()
     described, cases = lines[::6], [line for line in lines if line.startswith("| 65536")]
     assert described == [f"{gpu}, PyTorch 2.0, Triton 3.0, 2030-01-02, commit abc:" for gpu in ("An H100", "A GPU")]
     assert cases == [
-        "| 65536 | 256 | 16 | bf16 | 24.5 | 50 | 49% | equal | QuACK top-k, compiled, 3.2× |",
-        "| 65536 | 256 | 16 | bf16 | 24.5 | 500 | 4.9% | equal | QuACK top-k, compiled, 3× |",
+        "| 65536 | 256 | 16 | bf16 | 24.5 | 50 | 49% | 70 | equal | QuACK top-k, compiled, 3.2× |",
+        "| 65536 | 256 | 16 | bf16 | 24.5 | 500 | 4.9% | 70 | equal | QuACK top-k, compiled, 3× |",
     ]
 
 
 def test_ladder_compares_each_rung_with_the_last_that_ran(no_tables, monkeypatch):
     failed = row(MAIN, speed.QUACK, None, check=None, error="not installed: quack")
     rows = row(MAIN, speed.FACTORED, 2000.0), failed, row(MAIN, speed.OMNI, 50.0)
-    add_run(monkeypatch, "A GPU", "new", "ladder", *rows)
+    add_run(monkeypatch, "A GPU", "2.0", "ladder", *rows)
     cells = [
         [cell.strip() for cell in line.split("|")] for line in speed.told("ladder", speed.ladder_table).splitlines()
     ]
@@ -114,10 +126,10 @@ def test_ladder_compares_each_rung_with_the_last_that_ran(no_tables, monkeypatch
 
 def test_losses_are_told(no_tables, monkeypatch):
     rows = row(MAIN, speed.FACTORED, 40.0), row(MAIN, speed.OMNI, 50.0)
-    add_run(monkeypatch, "A GPU", "new", "ladder", *rows)
+    add_run(monkeypatch, "A GPU", "2.0", "ladder", *rows)
     guide = speed.Case(1024, 64, 16, "bf16")
     times = {speed.ORIGINAL: 52.0, speed.OPTIMIZED: 50.0, speed.OMNI: 3.0}
-    add_run(monkeypatch, "A GPU", "new", "guide", *(row(guide, name, us) for name, us in times.items()))
+    add_run(monkeypatch, "A GPU", "2.0", "guide", *(row(guide, name, us) for name, us in times.items()))
     slower, rung, gain = speed.losses()
     assert slower == "A GPU, 65536 256 16 bf16: omni_router takes 1.25 times the time of “PyTorch, factored”"
     assert rung == "A GPU: “omni_router” is slower than “PyTorch, factored”, the rung before it"
@@ -145,7 +157,16 @@ def test_slices_of_all_sums_are_joined(monkeypatch, device):
     assert speed.compare(speed.pytorch_all_sums(x, y, 4), brute_force_router(x, y, 4), x, y) in ("equal", "ties")
 
 
-def test_a_rival_that_fails_is_a_row(monkeypatch, device):
+@pytest.fixture
+def timed(monkeypatch):
+    """Times that a GPU might give."""
+    monkeypatch.setattr(speed, "limits", lambda: LIMITS)
+    monkeypatch.setattr(timing, "kernel_us", lambda calls, quantiles: [2.0, 1.0, 3.0])
+    monkeypatch.setattr(timing, "call_us", lambda call: 40.0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+
+def test_a_rival_that_fails_is_a_row(timed, monkeypatch, device):
     def broken(x, y, k):
         raise ValueError("too many\nlines")
 
@@ -154,18 +175,41 @@ def test_a_rival_that_fails_is_a_row(monkeypatch, device):
 
     routes = {"right": factored_router, "broken": broken, "missing": missing}
     monkeypatch.setattr(speed, "RIVALS", {name: speed.Rival(route, "", "") for name, route in routes.items()})
-    monkeypatch.setattr(speed, "limits", lambda: LIMITS)
-    monkeypatch.setattr(speed, "time_us", lambda call, method: [2.0, 1.0, 3.0])
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    right, *failed = speed.timed_rows([(SMALL, list(routes))])
+    right, *failed = speed.rows_of("targets", SMALL, list(routes))
     assert right == {
-        "rival": "right", **SMALL._asdict(), "method": "graph", "us": 2.0, "us_10": 1.0, "us_90": 3.0, "check": "equal",
-        "error": None, "floor_us": 7 * (2 * 8 * 4 + 4 * 8) / 3e6, **LIMITS,
+        "rival": "right", **SMALL._asdict(), "method": "graph", "us": 2.0, "us_10": 1.0, "us_90": 3.0, "call_us": 40.0,
+        "check": "equal", "binary": "", "error": None, "floor_us": 7 * (2 * 8 * 4 + 4 * 8) / 3e6, **LIMITS,
     }  # fmt: skip
     assert [(row["error"], row["us"]) for row in failed] == [
         ("ValueError: too many", None),
         ("not installed: quack", None),
     ]
+
+
+def test_what_cannot_be_in_a_graph_has_the_time_of_a_call(timed, monkeypatch, device):
+    def no_graph(calls, quantiles):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(timing, "kernel_us", no_graph)
+    (found,) = speed.rows_of("targets", SMALL, [speed.FACTORED])
+    assert [found[name] for name in ("method", "us", "us_10", "us_90", "call_us")] == ["call", *[40.0] * 4]
+
+
+def test_many_tokens_are_timed_on_copies_that_lie_as_they_do(timed, monkeypatch, device):
+    monkeypatch.setattr(speed, "WARM_UP_TO", 6)
+    monkeypatch.setattr(timing, "num_copies", lambda num_bytes: {2 * 7 * 8 * 4: 3}[num_bytes])
+    for row in speed.rows_of("layouts", SMALL, list(speed.LAYOUTS)):
+        assert row["check"] == "equal"
+        used = []
+        x = speed.LAYOUTS[row["layout"]](torch.randn(7, 8, device=device))
+        monkeypatch.setattr(timing, "kernel_us", lambda calls, _, used=used: [used.append([c() for c in calls])] * 3)
+        speed.times_us(lambda *tensors: tensors, x, x)
+        ((first, *others),) = used
+        assert len(others) == 2
+        for tensor in [tensor for tensors in others for tensor in tensors]:
+            assert tensor.data_ptr() != first[0].data_ptr()
+            assert tensor.stride() == x.stride()
+            assert torch.equal(tensor, x)
 
 
 def test_layouts_hold_the_same_logits():
@@ -177,16 +221,14 @@ def test_layouts_hold_the_same_logits():
     }  # fmt: skip
 
 
-def test_layouts_are_told(no_tables, monkeypatch):
-    monkeypatch.setattr(speed, "timed", lambda *_: {"us": 50.0, "check": "equal"})
-    monkeypatch.setattr(speed, "limits", lambda: LIMITS)
-    add_run(monkeypatch, "A GPU", "new", "layouts", *speed.layout_rows([(SMALL, list(speed.LAYOUTS))]))
+def test_layouts_are_told(no_tables, timed, monkeypatch, device):
+    add_run(monkeypatch, "A GPU", "2.0", "layouts", *speed.rows_of("layouts", SMALL, list(speed.LAYOUTS)))
     lines = speed.told("layouts", speed.layouts_table).splitlines()[4:]
     assert [line.split(" | ")[0] for line in lines] == [f"| {name}" for name in speed.LAYOUTS]
 
 
 def test_a_full_disk_takes_no_table_and_is_told_with_its_path(no_tables, tmp_path, monkeypatch):
-    add_run(monkeypatch, "A GPU", "new", "ladder", row(MAIN, speed.OMNI, 50.0))
+    add_run(monkeypatch, "A GPU", "2.0", "ladder", row(MAIN, speed.OMNI, 50.0))
 
     def fail(table, path, **_):
         path.write_text("half of a")
@@ -218,24 +260,18 @@ def test_a_full_disk_takes_no_notebook(tmp_path, monkeypatch):
 
 
 def test_a_hash_that_looks_like_a_number_stays_one(no_tables, monkeypatch):
-    for source in ("001234567890", "589312e34567"):
-        add_run(monkeypatch, "A GPU", source, "ladder", row(MAIN, speed.OMNI, 50.0))
-        assert tables.measured_here("ladder").source.tolist() == [source]
+    hashes = ["001234567890", "589312e34567"]
+    add_run(monkeypatch, "A GPU", "2.0", "ladder", *(row(MAIN, speed.OMNI, 50.0, binary=binary) for binary in hashes))
+    assert tables.of_setting("ladder").binary.tolist() == hashes
 
 
-def test_the_source_of_a_row_is_code_and_not_the_lists_for_tuning(tmp_path, monkeypatch):
-    package = tmp_path / "omni_kernels"
-    package.mkdir()
-    monkeypatch.setattr(tables, "REPOSITORY", tmp_path)
-
-    def source(text):
-        (package / "configs.py").write_text(text)
-        return tables.setting.__wrapped__()["source"]
-
-    before = source('A_SPACE = {\n    "fwd": ([1], [2]),\n}\nSPACES = {"a": A_SPACE}\n\nB = 1\n')
-    wider = 'A_SPACE = {\n    "fwd": ([1, 2], [2]),\n}\nSPACES = {"a": A_SPACE, "b": {}}\n\nB = '
-    assert source(f"# Wider.\n{wider}1\n") == before
-    assert source(f"{wider}2\n") != before
+def test_rows_keep_their_place_when_they_are_measured_again(no_tables, monkeypatch):
+    cases = [MAIN, SMALL, MAIN._replace(k=8)]
+    add_run(monkeypatch, "A GPU", "2.0", "targets", *(row(case, speed.OMNI, 50.0) for case in cases))
+    add_run(monkeypatch, "A GPU", "2.0", "targets", row(SMALL, speed.OMNI, 40.0))
+    found = speed.latest("targets")
+    assert list(found[speed.CASE].itertuples(index=False, name=None)) == cases
+    assert found.us.tolist() == [50, 40, 50]
 
 
 def test_a_folder_named_from_where_one_stands_is_the_same_folder():
@@ -245,24 +281,35 @@ def test_a_folder_named_from_where_one_stands_is_the_same_folder():
     assert run_python("-c", code, folder=pathlib.Path(tables.__file__).parent, **environment) == "True\n"
 
 
-def test_what_is_measured_is_not_measured_again(no_tables, monkeypatch):
-    compiled = []
+def test_a_case_is_measured_again_when_what_is_compiled_changes(no_tables, timed, monkeypatch, device):
+    binaries = {speed.OMNI: "first", speed.FACTORED: ""}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(speed, "_compile_ahead", compiled.append)
-    for function in ("timed_rows", "layout_rows", "memory_rows"):
-        monkeypatch.setattr(speed, function, lambda work: [row(MAIN, speed.OMNI, 50.0)])
-    add_run(monkeypatch, "A GPU", "new", "ladder", row(MAIN, speed.OMNI, 50.0))
-    done = speed.measure(again=False)
-    assert done.pop("compiled ahead").startswith("in ")
-    assert done.pop("ladder") == "measured before"
-    assert all(what.startswith("measured now") for what in done.values())
-    assert len(compiled[0]) == sum(
-        len(work) for table, work in speed.TABLES.items() if table not in ("ladder", "layouts")
-    )
-    assert set(speed.measure(again=False).values()) == {"measured before"}
-    again = speed.measure(again=True)
-    assert set(again) == {"compiled ahead", *speed.TABLES}
-    assert all(again[table].startswith("measured now") for table in speed.TABLES)
+    monkeypatch.setattr(speed, "_compile_ahead", lambda work: None)
+    monkeypatch.setattr(speed, "compiled_by", lambda name, *_: {"binary": binaries[name]})
+    monkeypatch.setattr(speed, "peak_bytes", lambda *_: {"peak_bytes": 5})
+    monkeypatch.setattr(speed, "get_device", lambda: torch.device(device))
+    some = {table: [(case, list(binaries)) for case in (SMALL, SMALL._replace(k=3))] for table in ("ladder", "memory")}
+    monkeypatch.setattr(speed, "TABLES", some | {"layouts": [(SMALL, list(speed.LAYOUTS))]})
+    tables_of_run = list(speed.TABLES)
+    counts = {"ladder": 2, "memory": 2, "layouts": 1}
+
+    def measured(**options):
+        done = speed.measure(**options)
+        assert done.pop("compiled ahead").startswith("in ")
+        assert list(done) == tables_of_run
+        return {table: int(what.split(" of ")[0]) for table, what in done.items()}
+
+    add_run(monkeypatch, "A GPU", "2.0", "nothing", {})
+    assert measured(again=False) == counts
+    assert measured(again=False) == dict.fromkeys(counts, 0)
+    assert measured(again=True) == counts
+    for change, binary in enumerate(("second", "first"), start=3):
+        binaries[speed.OMNI] = binary
+        assert measured(again=False) == counts
+        assert len(tables.read("ladder")) == change * 2 * 2
+        assert set(speed.latest("ladder").binary.dropna()) == {binary}  # what was measured last is what is shown
+    for table in tables_of_run:
+        assert measured(again=False)[table] == 0
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU would measure")
@@ -276,58 +323,47 @@ def test_rungs_launch_their_own_kernel(name, device):
     assert speed.compare(speed.RIVALS[name].route(x, y, 4), factored_router(x, y, 4), x, y) == "equal"
 
 
-def test_a_rung_of_another_kernel_than_its_own_fails(monkeypatch, device):
-    monkeypatch.setattr(speed.factored, "factored_forward", lambda x, y, k: None)
-    with pytest.raises(RuntimeError, match="another kernel"):
-        speed.RIVALS["one kernel"].route(*speed.logits(SMALL), 4)
-
-
-def test_rungs_change_the_constants_they_name_and_nothing_else(monkeypatch, device):
-    launches = []
-
-    class Kernel:
-        def __getitem__(self, grid):
-            return lambda *_, **constants: launches.append({"programs": grid[0], **constants})
-
-    for name, value in (("interpreting", False), ("compares_doubles", True)):
-        monkeypatch.setattr(speed.lanes, name, lambda *_, value=value: value)
-    monkeypatch.setattr(speed.lanes, "kernel_input", lambda logits: logits)
-    monkeypatch.setattr(speed.lanes, "lanes_kernel", Kernel())
+def test_rungs_change_what_they_name_and_nothing_else(monkeypatch):
+    plans = []
+    monkeypatch.setattr(speed.lanes, "interpreting", lambda: False)
+    own = speed.lanes.plan_of.__wrapped__(256, 16, torch.bfloat16, torch.bfloat16, 16, False, True, 2)
+    monkeypatch.setattr(speed.lanes, "plan_for", lambda *_, few_tokens: own)
+    monkeypatch.setattr(speed.factored, "run", lambda plan, x, y: plans.append(plan))
     for name in speed.RUNGS[speed.RUNGS.index("a row a lane") :]:
-        speed.RIVALS[name].route(*speed.logits(speed.Case(1024, 256, 15, "bf16")), 15)  # a case of this test alone
-    *changed, own = launches
-    changed = [{name: launch[name] for name in own if launch[name] != own[name]} for launch in changed]
-    kept = {"PRIORITY": "evict_normal"}
-    straight = kept | {"ADDED": False, "LOOPED": False}
-    one_warp = straight | {"programs": 64, "TILE_M": 32, "num_warps": 1}
-    assert (own["programs"], own["LANES"]) == (32, 2)
-    long_pairs = one_warp | {"NARROW": False}
+        speed.RIVALS[name].route(*speed.logits(SMALL), 16)
+    changed = [{name: plan[name] for name in own if plan[name] != own[name]} for plan in plans]
+    kept = {"priority": "evict_normal"}
+    straight = kept | {"add_minima": False, "looped": False}
+    one_warp = straight | {"num_warps": 1}
+    long_pairs = one_warp | {"short_pairs": False}
     assert changed == [
-        long_pairs | {"TILE_N": 0, "CHUNK": 1, "VECTOR": 0, "STAGED": False, "FP64": False},
-        long_pairs | {"CHUNK": 1, "STAGED": False, "FP64": False},
-        long_pairs | {"CHUNK": 1, "FP64": False},
-        long_pairs | {"FP64": False},
+        long_pairs | {"tile_n": 0, "chunk": 1, "vector": 0, "staged": False, "doubles": False},
+        long_pairs | {"chunk": 1, "staged": False, "doubles": False},
+        long_pairs | {"chunk": 1, "doubles": False},
+        long_pairs | {"doubles": False},
         long_pairs,
         one_warp,
         straight,
-        kept | {"ADDED": False},
+        kept | {"add_minima": False},
         kept,
+        {},
     ]
 
 
 # For a process whose Triton is no interpreter, and a GPU that is not there.
 COMPILE_RUNGS = """
 import autotune_study, speed_study, torch, triton
-from omni_kernels import lanes
+from omni_kernels import configs
+from omni_kernels.factored import lanes
 
 
-class Kernel:
-    def __getitem__(self, grid):
-        return lambda *args, **constants: lanes_kernel.warmup(*args, grid=(1,), **constants)
+def compile_plan(plan, x, y):
+    numbers = *x.stride(), *y.stride(), len(x)
+    configs.compiled(plan.kernel, x, y, x, torch.int32, *numbers, PLAN=plan, num_warps=plan.num_warps)
 
 
 triton.runtime.driver.set_active(autotune_study._NoDevice(autotune_study.TARGETS["cuda:sm90"]))
-lanes_kernel, lanes.lanes_kernel, lanes.compares_doubles = lanes.lanes_kernel, Kernel(), lambda device: True
+speed_study.factored.run, lanes.compares_doubles = compile_plan, lambda device: True
 x, y = torch.randn(2, 5, 64).bfloat16()
 for name in speed_study.RUNGS[speed_study.RUNGS.index("a row a lane") :]:
     speed_study.RIVALS[name].route(x, y, 4)
@@ -346,14 +382,13 @@ def test_a_table_that_cannot_be_measured_keeps_no_other_from_it(no_tables, monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(speed, "_compile_ahead", broken)
-    add_run(monkeypatch, "A GPU", "new", "nothing", {})
-    rows = [row(MAIN, speed.OMNI, 50.0)]
-    for function in ("timed_rows", "memory_rows"):
-        monkeypatch.setattr(speed, function, lambda work: rows)
-    monkeypatch.setattr(speed, "layout_rows", broken)
+    monkeypatch.setattr(speed, "TABLES", {"layouts": [()], "memory": [(MAIN, ())]})
+    add_run(monkeypatch, "A GPU", "2.0", "nothing", {})
+    monkeypatch.setattr(speed, "rows_of", lambda table, case, names, known: [row(case, speed.OMNI, 50.0)])
     done = speed.measure(again=True)
-    assert done.pop("compiled ahead") == done.pop("layouts") == "RuntimeError: no more"
-    assert all(what.startswith("measured now") for what in done.values())
+    assert done["compiled ahead"] == "RuntimeError: no more"
+    assert done["layouts"].startswith("ValueError: ")
+    assert done["memory"].startswith("1 of 1 cases measured now")
     assert tables.read("layouts").empty
     assert len(tables.read("memory")) == 1
 
@@ -374,3 +409,187 @@ def test_the_host_is_given_time_by_a_large_buffer_and_only_meanwhile(memory, buf
     )
     assert timing.do_bench("call", rep=3) == (buffer, "call", 3)
     assert driver.get_empty_cache_for_benchmark() == "256 MiB"
+
+
+def test_a_graph_holds_calls_that_take_turns_for_a_while(monkeypatch):
+    called, samples = [], iter([4000.0, *range(6000, 16000, 1000)])
+
+    class Graph:
+        def replay(self):
+            called.append("replay")
+
+    def once(call):
+        call()
+        return next(samples)
+
+    for name, value in (("CUDAGraph", Graph), ("graph", contextlib.nullcontext)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(timing, "once", once)
+    times = timing.kernel_us([lambda: called.append("one"), lambda: called.append("two")], quantiles=(0.5, 0.0, 1.0))
+    rounds = 3  # of 4000 µs, to fill 10000
+    assert called == ["one", "two"] * (2 + rounds) + ["replay"] * 11
+    assert times == pytest.approx([10500 / 6, 6000 / 6, 15000 / 6])
+
+
+def test_calls_are_timed_in_turn(monkeypatch):
+    """As many calls at once as take a while, and the same number in every round."""
+    order, clock = [], [0.0]
+
+    def calling(name, seconds):
+        def call():
+            order.append(name)
+            clock[0] += seconds
+
+        return call
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timing, "CALLS_US", 200)
+    found = timing.rounds_us({"slow": calling("slow", 1e-4), "quick": calling("quick", 2e-5)}, 3)
+    assert found == {"slow": pytest.approx([100] * 3), "quick": pytest.approx([20] * 3)}
+    before, one_round = 2 * (3 + 1), ["slow"] * 3 + ["quick"] * 11  # each after a call that is not timed
+    assert order[before:] == one_round * 3
+    assert timing.call_us(calling("slow", 1e-4)) == pytest.approx(100)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU would measure")
+def test_calls_without_a_gpu():
+    assert calls.measure() == "not measured: no GPU here"
+
+
+@pytest.fixture
+def call_rows(no_tables, monkeypatch, device):
+    """All calls and parts, made, and times that are the names' lengths."""
+    case = calls.CASE._replace(num_tokens=4, num_expert_sqrt=16)
+    times = {}
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(calls.speed, "logits", lambda _, make=speed.logits: make(case))
+
+    def rounds(works, num_rounds):
+        times.update({name: [float(len(name))] * num_rounds for name in works})
+        return times
+
+    monkeypatch.setattr(timing, "rounds_us", rounds)
+    add_run(monkeypatch, "A GPU", "2.0", "nothing", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: DEVICE == "cuda")
+    rows = calls.rows_of(*speed.logits(case))
+    tables.append("calls", rows)
+    return {found["rival"]: found for found in rows}
+
+
+def test_every_call_works_that_can_work_here(call_rows):
+    failed = {name for name, found in call_rows.items() if found["error"]}
+    public = {name for name in call_rows if name.startswith(calls.PUBLIC)}
+    assert failed <= public | {"launch, as the package does it"}  # which needs a GPU
+    assert {*calls.RATIOS, *calls.RATIOS.values()} <= set(call_rows) - failed
+    assert all(found["us"] == len(name) for name, found in call_rows.items() if name not in failed)
+
+
+def test_calls_are_told_and_drawn(call_rows, tmp_path, monkeypatch):
+    lines = speed.told("calls", calls.ratios_table).splitlines()
+    assert lines[2] == "| a call, 1024 tokens, N = 256, k = 16, bf16 | µs | over | µs | times |"
+    assert lines[4] == "| omni_router, no gradient | 24 | x.topk(16) | 10 | 2.40 |"
+    assert len(lines) == 4 + 5
+    whole = speed.told("calls", calls.calls_table)
+    assert "| `x + y` | 5 | 5 to 5 |" in whole
+    assert "checks of the arguments" in speed.told("calls", calls.parts_table)
+    assert "checks of the arguments" not in whole
+    monkeypatch.setattr(speed.save_figure.__globals__["plt"], "show", lambda: None)
+    monkeypatch.setitem(speed.save_figure.__globals__, "FIGURES", tmp_path)
+    speed.show("calls", calls.draw_calls, "calls")
+    assert (tmp_path / "calls.png").exists()
+
+
+def test_calls_of_this_commit_are_not_timed_again(call_rows, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(speed, "logits", lambda case: (None, None))
+    monkeypatch.setattr(calls, "rows_of", lambda *_: [{"rival": "one"}])
+    assert calls.measure(again=False) == "measured before"
+    assert calls.measure(again=True) == "1 calls measured now"
+    monkeypatch.setitem(tables.setting(), "commit", "another")
+    assert calls.measure(again=False) == "1 calls measured now"
+
+
+# For a process whose Triton is no interpreter: two kernels of one machine code under two names, and a third.
+COMPILE_NAMES = """
+import autotune_study, binaries, torch, triton
+import triton.language as tl
+
+@triton.jit
+def one(pointer, SIZE: tl.constexpr):
+    tl.store(pointer + tl.arange(0, SIZE), tl.load(pointer + tl.arange(0, SIZE)) + 1)
+
+@triton.jit
+def same(renamed, SIZE: tl.constexpr):
+    # Moved.
+    places = renamed + tl.arange(0, SIZE)
+    tl.store(places, tl.load(places) + 1)
+
+@triton.jit
+def other(pointer, SIZE: tl.constexpr):
+    tl.store(pointer + tl.arange(0, SIZE), tl.load(pointer + tl.arange(0, SIZE)) + 2)
+
+triton.runtime.driver.set_active(autotune_study._NoDevice(autotune_study.TARGETS["cuda:sm90"]))
+compiled = [kernel.warmup(torch.float32, SIZE=128, grid=(1,)) for kernel in (one, same, other)]
+print(*(binaries.short_hash(binaries.machine_code(kernel)) for kernel in compiled))
+
+triton.compiler.CompiledKernel.launch_metadata = lambda *_: None  # which takes a GPU
+
+def launching(*grids, kernels=compiled):
+    return lambda: [kernel.launch_metadata(grid, 0) for kernel, grid in zip(kernels, grids)]
+
+print(*(binaries.binary_of(call) or "nothing" for call in (
+    launching((1, 1, 1)), launching((1,), kernels=compiled[1:]), launching((2, 1, 1)),
+    launching((1, 1, 1), (1, 1, 1)), launching((1, 1, 1), (1, 1, 1), (1, 1, 1)), launching())))
+"""
+
+
+def test_a_row_belongs_to_machine_code_whatever_it_is_called(tmp_path):
+    (tmp_path / "compile_names.py").write_text(COMPILE_NAMES)
+    (one, same, other), found = map(str.split, run_python(tmp_path / "compile_names.py").splitlines())
+    assert one == same
+    assert one != other
+    first, renamed, larger_grid, twice, three, nothing = found
+    assert first == renamed == twice  # each kernel counts once
+    assert len({first, larger_grid, three, nothing}) == 4
+    assert nothing == "nothing"
+
+
+def test_tables_of_notebook_4_are_measured_when_what_they_launch_changes(no_tables, monkeypatch):
+    measured = []
+
+    def measure(binary):
+        measured.append(binary)
+        tables.append("repeats", [{"rival": "one"}], binary=binary)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(training, "binary_of", lambda probe: probe)
+    add_run(monkeypatch, "A GPU", "2.0", "nothing", {})
+    for binary in ("first", "first", "second"):
+        training.measure_missing("repeats", measure, binary)
+    assert measured == ["first", "second"]
+    assert len(training.recorded("repeats", "rival")) == 1
+
+
+def test_what_cannot_be_measured_is_told(no_tables, monkeypatch, capsys):
+    def broken(binary):
+        raise ValueError("no more")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    add_run(monkeypatch, "A GPU", "2.0", "nothing", {})
+    training.measure_missing("repeats", broken, lambda: None)
+    assert capsys.readouterr().out == "repeats: not measured: ValueError: no more\n"
+
+
+@pytest.mark.parametrize("name", training.BACKWARDS)
+def test_backwards_are_timed(name, no_tables, timed, monkeypatch, device):
+    monkeypatch.setattr(training, "limits", lambda: LIMITS)
+    monkeypatch.setattr(training, "BACKWARDS", {name: training.BACKWARDS[name]})
+    add_run(monkeypatch, "A GPU", "2.0", "nothing", {})
+    training.measure_backward("b", [SMALL], device)
+    (found,) = tables.read("backward").to_dict("records")
+    assert (found["rival"], found["us"], found["call_us"], found["binary"]) == (name, 2.0, 40.0, "b")
+    assert found["check"] in ("equal", "last bits differ")
