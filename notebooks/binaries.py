@@ -9,6 +9,7 @@ import re
 import struct
 from unittest import mock
 
+import triton
 from triton.compiler import CompiledKernel
 
 EXECUTABLE = 4  # SHF_EXECINSTR, of a section in an ELF file
@@ -38,12 +39,21 @@ def launched():
     """Inside, a list of the Triton kernels that are launched, each with its grid, grows as they are."""
     found, launch_metadata = [], CompiledKernel.launch_metadata
 
-    def noting(kernel, grid, *args):  # what every launch asks for
+    def noting(kernel, grid, *args):  # what every launch asks for, if there is a hook that it is for
         found.append((kernel, grid))
         return launch_metadata(kernel, grid, *args)
 
-    with mock.patch.object(CompiledKernel, "launch_metadata", noting):
-        yield found
+    hooks = triton.knobs.runtime.launch_enter_hook
+    hooks.add(_ignore)
+    try:
+        with mock.patch.object(CompiledKernel, "launch_metadata", noting):
+            yield found
+    finally:
+        hooks.remove(_ignore)
+
+
+def _ignore(_):
+    """A launch hook."""
 
 
 def binary_of(call):

@@ -343,8 +343,19 @@ def pruned(configs, kernel_type, token_bucket, num_expert_sqrt, num_experts_per_
 
 def compiled(kernel, *args, **constants):
     """The binary of a kernel for some arguments, tensors or their dtypes, which are not used otherwise."""
+    _start_compiler()
     with _old_objects_kept():
         return kernel.warmup(*args, grid=(1,), **constants, **OPTIONS)
+
+
+@functools.cache
+def _start_compiler():
+    """What the first compilation of a process waits for, side by side: Triton hashes itself, and has a C compiler build
+    its driver."""
+    hashing = threading.Thread(target=getattr(triton.runtime.cache, "triton_key", int))
+    hashing.start()
+    triton.runtime.driver.active.get_current_target()
+    hashing.join()
 
 
 def compile_all(kernel, args, variants):

@@ -35,12 +35,12 @@ def omni_router(router_logits_x, router_logits_y, num_experts_per_token, scores_
             scores_dtype none of the three.
         ValueError: shapes, dtypes or devices differ, or a size is out of range.
     """
-    plain = _check(router_logits_x, router_logits_y, num_experts_per_token)
+    k, plain = _check(router_logits_x, router_logits_y, num_experts_per_token)
     if scores_dtype is None:
         scores_dtype = router_logits_x.dtype
     else:
         check_scores_dtype(scores_dtype)
-    return _OMNI_ROUTER(router_logits_x, router_logits_y, num_experts_per_token, scores_dtype, plain)
+    return _OMNI_ROUTER(router_logits_x, router_logits_y, k, scores_dtype, plain)
 
 
 def triton_omni_router_func(router_logits_x, router_logits_y, num_expert_sqrt, num_experts_per_token):
@@ -58,9 +58,9 @@ def triton_omni_router_func(router_logits_x, router_logits_y, num_expert_sqrt, n
     Raises:
         TypeError, ValueError: as for `omni_router`, and for a num_expert_sqrt that is no integer or not the logits' N.
     """
-    plain = _check(router_logits_x, router_logits_y, num_experts_per_token)
+    k, plain = _check(router_logits_x, router_logits_y, num_experts_per_token)
     check_expert_sqrt(num_expert_sqrt, router_logits_x)
-    return _ORIGINAL(router_logits_x, router_logits_y, num_experts_per_token, router_logits_x.dtype, plain)
+    return _ORIGINAL(router_logits_x, router_logits_y, k, router_logits_x.dtype, plain)
 
 
 def triton_omni_router_func_optimized(router_logits_x, router_logits_y, num_expert_sqrt, num_experts_per_token):
@@ -78,18 +78,17 @@ def triton_omni_router_func_optimized(router_logits_x, router_logits_y, num_expe
     Raises:
         TypeError, ValueError: as for `omni_router`, and for a num_expert_sqrt that is no integer or not the logits' N.
     """
-    plain = _check(router_logits_x, router_logits_y, num_experts_per_token)
+    k, plain = _check(router_logits_x, router_logits_y, num_experts_per_token)
     check_expert_sqrt(num_expert_sqrt, router_logits_x)
-    return _OPTIMIZED(router_logits_x, router_logits_y, num_experts_per_token, router_logits_x.dtype, plain)
+    return _OPTIMIZED(router_logits_x, router_logits_y, k, router_logits_x.dtype, plain)
 
 
 def _check(x, y, k):
-    """Raises unless the arguments are right; whether x and y are plain."""
+    """Raises unless the arguments are right; k as an int, and whether x and y are plain."""
     plain = is_plain(x, y)
     if not plain:
         assume_same_tokens(x, y)
-    check(x, y, k)
-    return plain
+    return check(x, y, k), plain
 
 
 def _forward_original(x, y, k, _):

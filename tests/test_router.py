@@ -551,7 +551,6 @@ def test_bad_input(x, y, k, error, words, monkeypatch):
         assert_refused(lambda router=router: router(x, y, num_expert_sqrt, k), error, words, monkeypatch)
 
 
-@pytest.mark.xfail(reason="explain does not check its arguments yet", strict=True)
 @pytest.mark.parametrize(("x", "y", "k", "error", "words"), BAD_INPUTS.values(), ids=BAD_INPUTS.keys())
 def test_bad_input_of_explain(x, y, k, error, words, monkeypatch):
     assert_refused(lambda: explain(x, y, k), error, words, monkeypatch)

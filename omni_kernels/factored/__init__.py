@@ -11,6 +11,7 @@ import dataclasses
 import torch
 
 from .. import reference
+from ..checks import check, check_scores_dtype
 from ..configs import device_of, has_kernels, interpreting, kernel_input, on_nvidia, output_dtype
 from . import frontier, lanes, tile
 from .plan import Launch, Launches, Plan, launch
@@ -31,11 +32,15 @@ class PyTorchPlan(Plan):
 def explain(router_logits_x, router_logits_y, num_experts_per_token, scores_dtype=None):
     """The plan that `omni_router` follows for these logits. Printed, it says which kernel runs, how, and why.
 
-    Arguments and errors are those of `omni_router`; at least one token, and k at least 1.
+    Arguments and errors are those of `omni_router`. The scores' dtype is the logits' unless given.
     """
-    x, y, k = router_logits_x, router_logits_y, num_experts_per_token
-    scores_dtype = scores_dtype or x.dtype
-    if has_kernels(x):
+    k = check(router_logits_x, router_logits_y, num_experts_per_token)
+    check_scores_dtype(scores_dtype)
+    return _plan_for(router_logits_x, router_logits_y, k, scores_dtype or router_logits_x.dtype)
+
+
+def _plan_for(x, y, k, scores_dtype):
+    if has_kernels(x) and k:
         for kernel in (lanes, frontier, tile):
             if kernel.runs_on(x.device, x.shape[1], k):
                 return kernel.plan_for(kernel_input(x), kernel_input(y), k, scores_dtype)
@@ -79,7 +84,7 @@ def factored_forward(router_logits_x, router_logits_y, num_experts_per_token, sc
 
 def _first_call(problem, x, y, k, scores_dtype):
     """A call that compiles what it needs, and has compiled meanwhile what another number of tokens will need."""
-    plan = explain(x, y, k, scores_dtype)
+    plan = _plan_for(x, y, k, scores_dtype)
     if plan.kernel is None or interpreting() or not on_nvidia(x.device):
         return run(plan, x, y)
     num_tokens, device, most_few, other = len(x), x.get_device(), -1, plan
