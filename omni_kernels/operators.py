@@ -40,14 +40,18 @@ class Router:
 
     def __call__(self, x, y, k, scores_dtype, plain):
         if not plain:
-            if is_compiling() and forward_ad._current_level >= 0:
-                # PyTorch compiles again where the level changes, but its cache of graphs does not ask for the level:
-                # this must be another graph than the one without tangents.
-                x = x.clone()
-            return self.operator(x, y, k, scores_dtype)
+            return self.trace(x, y, k, scores_dtype)
         if (x.requires_grad or y.requires_grad) and torch.is_grad_enabled():
             return _apply_eagerly(x, y, k, scores_dtype, self)
         return self.route(x, y, k, scores_dtype)
+
+    def trace(self, x, y, k, scores_dtype):
+        """The call as an operator."""
+        if is_compiling() and forward_ad._current_level >= 0:
+            # PyTorch compiles again where the level changes, but its cache of graphs does not ask for the level: this
+            # must be another graph than the one without tangents.
+            x = x.clone()
+        return self.operator(x, y, k, scores_dtype)
 
     def route(self, x, y, k, scores_dtype):
         if not (k and x.shape[0]):
@@ -78,6 +82,25 @@ def is_plain(x, y):
     )
 
 
+def is_ordinary(x, y, k):
+    """Whether, while compiling, `check` lets pass what is usual. In as few names as can be: every name that the
+    compiler meets, a compiled call looks up again, and all of `check` takes a tenth of its time."""
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.ndim == y.ndim == 2 and k.__class__ is (0).__class__):
+        return False
+    assume_same_tokens(x, y)
+    return (
+        x.shape == y.shape
+        and x.dtype is y.dtype
+        and x.dtype.is_floating_point
+        and x.dtype.itemsize in (2, 4)
+        and not (x.is_sparse or x.is_sparse_csr or x.is_mkldnn or x.is_nested)
+        and not (y.is_sparse or y.is_sparse_csr or y.is_mkldnn or y.is_nested)
+        and x.device == y.device
+        and 1 <= x.shape[1] <= 46340
+        and 0 <= k <= x.shape[1] * x.shape[1]
+    )
+
+
 def _sees_functions():
     """Whether a mode of __torch_function__ wants to see operators; that of a default device does not."""
     return any(type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
@@ -85,8 +108,7 @@ def _sees_functions():
 
 def assume_same_tokens(x, y):
     """While tracing: token counts that only the data tells are checked when the program runs, all others by `check`."""
-    are_matrices = getattr(x, "ndim", 0) == getattr(y, "ndim", 0) == 2
-    if are_matrices and (is_compiling() or type(x.shape[0]) is SymInt):
+    if x.ndim == y.ndim == 2 and (is_compiling() or type(x.shape[0]) is SymInt):
         from torch.fx.experimental.symbolic_shapes import guard_or_false  # half a second that others need not wait
 
         if not guard_or_false(x.shape[0] != y.shape[0]):

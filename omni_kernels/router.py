@@ -1,8 +1,11 @@
 """The functions people call: they check their arguments and call their kernels through operators.py."""
 
+from torch import Tensor
+from torch.compiler import is_compiling
+
 from . import backward, factored, forward, original, reference, split_forward
 from .checks import check, check_expert_sqrt, check_scores_dtype
-from .operators import Router, assume_same_tokens, is_plain
+from .operators import Router, assume_same_tokens, is_ordinary, is_plain
 
 
 def omni_router(router_logits_x, router_logits_y, num_experts_per_token, scores_dtype=None):
@@ -35,6 +38,8 @@ def omni_router(router_logits_x, router_logits_y, num_experts_per_token, scores_
             scores_dtype none of the three.
         ValueError: shapes, dtypes or devices differ, or a size is out of range.
     """
+    if scores_dtype is None and is_compiling() and is_ordinary(router_logits_x, router_logits_y, num_experts_per_token):
+        return _OMNI_ROUTER.trace(router_logits_x, router_logits_y, num_experts_per_token, router_logits_x.dtype)
     k, plain = _check(router_logits_x, router_logits_y, num_experts_per_token)
     if scores_dtype is None:
         scores_dtype = router_logits_x.dtype
@@ -86,7 +91,7 @@ def triton_omni_router_func_optimized(router_logits_x, router_logits_y, num_expe
 def _check(x, y, k):
     """Raises unless the arguments are right; k as an int, and whether x and y are plain."""
     plain = is_plain(x, y)
-    if not plain:
+    if not plain and isinstance(x, Tensor) and isinstance(y, Tensor):
         assume_same_tokens(x, y)
     return check(x, y, k), plain
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import triton
 from cases import POINTERS, compile_for, compile_plan, compiled_by
+from triton.runtime.jit import KernelInterface
 
 import omni_kernels
 from omni_kernels import backward, configs
@@ -64,7 +65,7 @@ def package_kernels():
         f"{module.__name__.split('.')[-1]}.{name}": kernel
         for module in modules
         for name, kernel in vars(module).items()
-        if name.endswith("_kernel") and kernel.fn.__module__ == module.__name__
+        if isinstance(kernel, KernelInterface) and name.endswith("_kernel") and kernel.fn.__module__ == module.__name__
     }
 
 

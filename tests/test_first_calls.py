@@ -75,8 +75,7 @@ def test_the_other_call_comes_at_once_or_when_nothing_is_left_to_compile(cache, 
     def compile_something():
         time.sleep(0.2)
 
-    compile_something.__module__ = "omni_kernels.factored.plan"
-    background, running = threading.Thread(target=compile_something), []
+    background, running = threading.Thread(target=compile_something, name="omni_kernels compile"), []
 
     def route(x, y, k):
         running.append(background.is_alive())

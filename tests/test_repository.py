@@ -98,7 +98,7 @@ def test_package_imports_only_pytorch_triton_and_the_standard_library():
 LAYERS = [
     ["checks", "configs"],
     ["reference"],
-    ["factored.keys", "factored.networks", "factored.plan", "factored.ptx"],
+    ["operators", "factored.keys", "factored.networks", "factored.plan", "factored.ptx"],
     ["factored.pairs", "factored.rows"],
     ["factored.frontier", "factored.lanes", "factored.tile"],
     ["factored"],
