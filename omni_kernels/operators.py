@@ -53,18 +53,18 @@ class Router:
             x = x.clone()
         return self.operator(x, y, k, scores_dtype)
 
-    def route(self, x, y, k, scores_dtype):
+    def route(self, x, y, k, scores_dtype=None):
         if not (k and x.shape[0]):
             return _empty_result(x, y, k, scores_dtype)
         if has_kernels(x):
             return self.forward_kernel(x, y, k, scores_dtype)
         return reference.factored_router(x, y, k, scores_dtype)
 
-    def sum_up(self, grad_scores, indices, num_expert_sqrt, dtype):
+    def sum_up(self, grad_scores, indices, num_expert_sqrt, dtype=None):
         if indices.numel() and has_kernels(grad_scores):
             return self.backward_kernel(grad_scores, indices, num_expert_sqrt, dtype)
         grads = reference.backward_router(grad_scores.float(), indices, num_expert_sqrt)
-        return tuple(grad.to(dtype) for grad in grads)
+        return tuple(grad.to(dtype or grad_scores.dtype) for grad in grads)
 
 
 def is_plain(x, y):
@@ -86,6 +86,41 @@ def is_ordinary(x, y, k):
     """Whether, while compiling, `check` lets pass what is usual. In as few names as can be: every name that the
     compiler meets, a compiled call looks up again, and all of `check` takes a tenth of its time."""
     if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.ndim == y.ndim == 2 and k.__class__ is (0).__class__):
+        return False
+    assume_same_tokens(x, y)
+    return (
+        x.shape == y.shape
+        and x.dtype is y.dtype
+        and x.dtype.is_floating_point
+        and x.dtype.itemsize in (2, 4)
+        and not (x.is_sparse or x.is_sparse_csr or x.is_mkldnn or x.is_nested)
+        and not (y.is_sparse or y.is_sparse_csr or y.is_mkldnn or y.is_nested)
+        and x.device == y.device
+        and 1 <= x.shape[1] <= 46340
+        and 0 <= k <= x.shape[1] * x.shape[1]
+    )
+
+
+def _sees_functions():
+    """Whether a mode of __torch_function__ wants to see operators; that of a default device does not."""
+    return any(type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
+
+
+def assume_same_tokens(x, y):
+    """While tracing: token counts that only the data tells are checked when the program runs, all others by `check`."""
+    if x.ndim == y.ndim == 2 and (is_compiling() or type(x.shape[0]) is SymInt):
+        from torch.fx.experimental.symbolic_shapes import guard_or_false  # half a second that others need not wait
+
+        if not guard_or_false(x.shape[0] != y.shape[0]):
+            check_at_run_time(
+                x.shape[0] == y.shape[0], lambda: "router_logits_y must have the tokens of router_logits_x"
+            )
+
+
+def is_ordinary(x, y, k):
+    """Whether, while compiling and without tangents, `check` lets pass what is usual. In as few names as can be: every
+    name that the compiler meets, a compiled call looks up again, and those of `check` take a tenth of its time."""
+    if not (k.__class__ is (0).__class__ and x.ndim == y.ndim == 2 and forward_ad._current_level < 0):
         return False
     assume_same_tokens(x, y)
     return (
@@ -216,7 +251,9 @@ def _register(name, arguments, run, fake, function, router):
 
     Traced, it leaves the graph its kernel alone, an operator without derivatives: it costs a third of the time a call.
     """
-    operator, kernel = (_define(full_name, arguments, run, fake) for full_name in (name, f"{name}_kernel"))
+    operator = _define(name, arguments, run, fake)
+    # What is usual is left out of a graph: the dtype of the results, if it is that of the first tensor.
+    kernel = _define(f"{name}_kernel", arguments.replace("ScalarType ", "ScalarType? ") + "=None", run, fake)
     apply = super(torch.autograd.Function, function).apply
 
     def differentiate(keys, first, second, size, dtype):
@@ -231,7 +268,7 @@ def _register(name, arguments, run, fake, function, router):
             ):
                 if _C._are_functorch_transforms_active() or not _leaves_kernel():
                     return operator.redispatch(keys & _C._after_autograd_keyset, *args)
-                return kernel(*args)
+                return kernel(*args[:3]) if args[3] == args[0].dtype else kernel(*args)
 
         with enable_single_level_autograd_function():
             return apply(first, second, size, dtype, router, run_below)
@@ -262,12 +299,12 @@ def _define(name, arguments, run, fake):
     return operator
 
 
-def _empty_result(x, _, k, scores_dtype):
+def _empty_result(x, _, k, scores_dtype=None):
     scores = x.new_empty((x.shape[0], k), dtype=scores_dtype)
     return scores, torch.empty_like(scores, dtype=torch.int32)
 
 
-def _empty_gradients(grad_scores, _, num_expert_sqrt, dtype):
+def _empty_gradients(grad_scores, _, num_expert_sqrt, dtype=None):
     return tuple(grad_scores.new_empty((grad_scores.shape[0], num_expert_sqrt), dtype=dtype) for _ in range(2))
 
 

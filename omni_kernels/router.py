@@ -39,7 +39,7 @@ def omni_router(router_logits_x, router_logits_y, num_experts_per_token, scores_
         ValueError: shapes, dtypes or devices differ, or a size is out of range.
     """
     if scores_dtype is None and is_compiling() and is_ordinary(router_logits_x, router_logits_y, num_experts_per_token):
-        return _OMNI_ROUTER.trace(router_logits_x, router_logits_y, num_experts_per_token, router_logits_x.dtype)
+        return _TRACED(router_logits_x, router_logits_y, num_experts_per_token, router_logits_x.dtype)
     k, plain = _check(router_logits_x, router_logits_y, num_experts_per_token)
     if scores_dtype is None:
         scores_dtype = router_logits_x.dtype
@@ -113,5 +113,6 @@ def _forward_optimized(x, y, k, _):
 
 
 _OMNI_ROUTER = Router("omni_router", factored.factored_forward, backward.backward)
+_TRACED = _OMNI_ROUTER.operator
 _ORIGINAL = Router("triton_omni_router_func", _forward_original, _backward_original)
 _OPTIMIZED = Router("triton_omni_router_func_optimized", _forward_optimized, backward.backward)

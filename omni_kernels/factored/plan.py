@@ -22,7 +22,7 @@ from ..configs import OPTIONS, compiled
 MAX_PROBLEMS = 4096  # whose launches are kept
 
 _empty_on_gpu = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
-_polite = threading.Lock()  # of one thread at a time
+_loading, _polite = threading.Lock(), threading.Lock()  # what one thread at a time may do
 ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -131,7 +131,7 @@ class Launch:
 
     def __init__(self, plan, device):
         self.plan, self.device = plan, device
-        self._run, self._lock = None, threading.Lock()
+        self._binary, self._run, self._lock = None, None, threading.Lock()
         self._tokens, self._tokens_have = plan.tokens, plan.grid(1)  # of a program, and the programs that share them
 
     def __call__(self, num_tokens, a, b, c, d, *numbers):
@@ -143,7 +143,7 @@ class Launch:
         if runtime.debug or runtime.add_stages_inspection_hook or triton.knobs.compilation.instrumentation_mode:
             return launch(self.plan, num_tokens, a, b, c, d, *numbers)  # somebody asks for another binary
         if self._run is None:
-            self._load(self._compile(a, b, c, d, *numbers))
+            self._load(a, b, c, d, *numbers)
         grid = -(-num_tokens // self._tokens) * self._tokens_have
         stream = torch._C._cuda_getCurrentRawStream(self.device)
         # Of a tensor Triton's launcher would ask the driver whether the GPU can read it.
@@ -155,15 +155,18 @@ class Launch:
             enter = leave = None  # calling chains of no hooks takes time
         self._run(grid, 1, 1, stream, *self._function, metadata, enter, leave, *args)
 
-    def _load(self, binary):
-        run = binary.run  # loads it, and then there is a function
-        self._binary, self._function = binary, (binary.function, binary.packed_metadata)
+    def _load(self, *args):
+        self._compile(*args)
+        with _loading:  # Triton shows a binary's launcher before it has its function
+            run = self._binary.run
+            self._function = self._binary.function, self._binary.packed_metadata
         self._run = run
 
     def _compile(self, *args):
-        """The binary for arguments like these. If somebody compiles it already, waits for that."""
+        """Makes the binary for arguments like these. If somebody makes it already, waits for that."""
         with self._lock:
-            return compiled(self.plan.kernel, *args, PLAN=self.plan, num_warps=self.plan.num_warps)
+            if self._binary is None:
+                self._binary = compiled(self.plan.kernel, *args, PLAN=self.plan, num_warps=self.plan.num_warps)
 
     def compile_later(self, *args):
         """Has Triton compile the kernel in a thread of its own, which keeps none of the tensors, and loads nothing."""
