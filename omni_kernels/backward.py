@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from .configs import device_of, interpreting, kernel_input, on_nvidia, output_dtype
-from .factored.plan import Launch, Launches, Plan, launch, new_matrix
+from .factored.plan import Launch, Launches, Plan, launch, new_matrices
 from .factored.ptx import allocate_rows, load_words, store_words, sync_warp
 
 ROW_WORDS = 4096  # sums a warp holds in shared memory at once, of both factors: of 16 KiB a dozen fit an H100's SM
@@ -306,8 +306,7 @@ def backward(grad_scores, indices, num_expert_sqrt, dtype=None):
             return run(plan, grad, indices)
         known = Launch(plan, grad.get_device())
         _launches.keep(problem, known)
-    grad_x = new_matrix(grad, num_tokens, num_expert_sqrt, dtype)
-    grad_y = new_matrix(grad, num_tokens, num_expert_sqrt, dtype)
+    grad_x, grad_y = new_matrices(grad, num_tokens, num_expert_sqrt, dtype, dtype)
     known(num_tokens, grad, indices, grad_x, grad_y, *strides, num_tokens)
     return grad_x, grad_y
 

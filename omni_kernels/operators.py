@@ -82,25 +82,6 @@ def is_plain(x, y):
     )
 
 
-def is_ordinary(x, y, k):
-    """Whether, while compiling, `check` lets pass what is usual. In as few names as can be: every name that the
-    compiler meets, a compiled call looks up again, and all of `check` takes a tenth of its time."""
-    if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.ndim == y.ndim == 2 and k.__class__ is (0).__class__):
-        return False
-    assume_same_tokens(x, y)
-    return (
-        x.shape == y.shape
-        and x.dtype is y.dtype
-        and x.dtype.is_floating_point
-        and x.dtype.itemsize in (2, 4)
-        and not (x.is_sparse or x.is_sparse_csr or x.is_mkldnn or x.is_nested)
-        and not (y.is_sparse or y.is_sparse_csr or y.is_mkldnn or y.is_nested)
-        and x.device == y.device
-        and 1 <= x.shape[1] <= 46340
-        and 0 <= k <= x.shape[1] * x.shape[1]
-    )
-
-
 def _sees_functions():
     """Whether a mode of __torch_function__ wants to see operators; that of a default device does not."""
     return any(type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
@@ -134,22 +115,6 @@ def is_ordinary(x, y, k):
         and 1 <= x.shape[1] <= 46340
         and 0 <= k <= x.shape[1] * x.shape[1]
     )
-
-
-def _sees_functions():
-    """Whether a mode of __torch_function__ wants to see operators; that of a default device does not."""
-    return any(type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
-
-
-def assume_same_tokens(x, y):
-    """While tracing: token counts that only the data tells are checked when the program runs, all others by `check`."""
-    if x.ndim == y.ndim == 2 and (is_compiling() or type(x.shape[0]) is SymInt):
-        from torch.fx.experimental.symbolic_shapes import guard_or_false  # half a second that others need not wait
-
-        if not guard_or_false(x.shape[0] != y.shape[0]):
-            check_at_run_time(
-                x.shape[0] == y.shape[0], lambda: "router_logits_y must have the tokens of router_logits_x"
-            )
 
 
 # Derivatives ---------------------------------------------------------------------------------------------------------

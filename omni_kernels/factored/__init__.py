@@ -14,7 +14,7 @@ from .. import reference
 from ..checks import check, check_scores_dtype
 from ..configs import device_of, has_kernels, interpreting, kernel_input, on_nvidia, output_dtype
 from . import frontier, lanes, tile
-from .plan import Launch, Launches, Plan, launch, new_matrix
+from .plan import Launch, Launches, Plan, launch, new_matrices
 
 _launches = Launches()  # of each problem: the most tokens that are few, the launch for few, the launch for many
 
@@ -74,7 +74,7 @@ def factored_forward(router_logits_x, router_logits_y, num_experts_per_token, sc
     if known is None:
         return _first_call(problem, x, y, k, scores_dtype)
     most_few, few, many = known
-    scores, indices = new_matrix(x, num_tokens, k, scores_dtype), new_matrix(x, num_tokens, k, torch.int32)
+    scores, indices = new_matrices(x, num_tokens, k, scores_dtype, torch.int32)
     (few if num_tokens <= most_few else many)(
         num_tokens, x, y, scores, indices, *strides_x, *strides_y, num_tokens
     )  # fmt: skip

@@ -99,16 +99,15 @@ def launch(plan, num_tokens, *args):
     plan.kernel[(plan.grid(num_tokens),)](*args, PLAN=plan, num_warps=plan.num_warps, **OPTIONS)
 
 
-def new_matrix(like, num_rows, num_columns, dtype):
-    """An empty matrix on the device of a tensor, a GPU: in half of the time of `new_empty`, as what PyTorch compiles
-    makes its own. Where PyTorch fills what is empty, to find who reads it, `new_empty` does so."""
-    if (
-        _empty_on_gpu is None
-        or torch._C._cuda_getDevice() != like.get_device()
-        or torch.are_deterministic_algorithms_enabled()
-    ):
-        return like.new_empty((num_rows, num_columns), dtype=dtype)
-    return _empty_on_gpu((num_rows, num_columns), (num_columns, 1), dtype)
+def new_matrices(like, num_rows, num_columns, *dtypes):
+    """Two empty matrices of a shape on the device of a tensor, a GPU: in half of the time of `new_empty`, as what
+    PyTorch compiles makes its own. Where PyTorch fills what is empty, to find who reads it, `new_empty` does so."""
+    first, second = dtypes
+    shape, strides = (num_rows, num_columns), (num_columns, 1)
+    elsewhere = torch._C._cuda_getDevice() != like.get_device()
+    if _empty_on_gpu is None or elsewhere or torch._C._get_deterministic_algorithms():
+        return like.new_empty(shape, dtype=first), like.new_empty(shape, dtype=second)
+    return _empty_on_gpu(shape, strides, first), _empty_on_gpu(shape, strides, second)
 
 
 class Launches(dict):
