@@ -29,15 +29,23 @@ def kernel_us(calls, quantiles=(0.5, 0.1, 0.9)):
     for call in calls:
         call()
     settle()
-    rounds = math.ceil(GRAPH_US / max(1.0, once(lambda: [call() for call in calls])))
+    rounds = 1
+    for _ in range(2):  # a graph takes some time to start, which makes one round look long
+        graph = _graph_of(calls, rounds)
+        rounds = math.ceil(GRAPH_US * rounds / min(once(graph.replay) for _ in range(3)))
+    graph = _graph_of(calls, rounds)
+    times = [once(graph.replay) / (rounds * len(calls)) for _ in range(REPLAYS)]
+    return [float(us) for us in np.quantile(times, quantiles)]
+
+
+def _graph_of(calls, rounds):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(rounds):
             for call in calls:
                 call()
     graph.replay()  # the first one uploads it
-    times = [once(graph.replay) / (rounds * len(calls)) for _ in range(REPLAYS)]
-    return [float(us) for us in np.quantile(times, quantiles)]
+    return graph
 
 
 def num_copies(num_bytes):

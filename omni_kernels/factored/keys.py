@@ -72,8 +72,8 @@ def pack_tuple(values, index, KEY: tl.constexpr, PLAN: tl.constexpr):
     if PLAN.ptx and KEY != tl.float32:
         COUNT: tl.constexpr = len(values)
         return tl.inline_asm_elementwise(
-            _packing(COUNT, KEY), _operands("=&r", COUNT) + "," + _operands("f", COUNT) + ",r", values + (index,),
-            _copies(tl.int32, COUNT), True, 1,
+            _packing(COUNT, KEY), operands("=&r", COUNT) + "," + operands("f", COUNT) + ",r", values + (index,),
+            copies(tl.int32, COUNT), True, 1,
         )  # fmt: skip
     else:
         keys = ()
@@ -98,12 +98,14 @@ def _packing(count, KEY):
 
 
 @triton.constexpr_function
-def _operands(constraint, count):
+def operands(constraint, count):
+    """The constraints of `count` operands of an operation in PTX."""
     return ",".join([constraint] * count)
 
 
 @triton.constexpr_function
-def _copies(value, count):
+def copies(value, count):
+    """A tuple of the same."""
     return (value,) * count
 
 

@@ -12,6 +12,8 @@ the intermediate representation for seconds, and LLVM look for something to simp
 import triton
 import triton.language as tl
 
+from .keys import copies, operands
+
 
 @triton.constexpr_function
 def _merge(a, b):
@@ -137,12 +139,7 @@ def _key_type(dtype, plan):
 @triton.constexpr_function
 def _registers(key, count, of=""):
     """The constraints of `count` operands of a PTX type."""
-    return ",".join([of + ("r" if key == "s32" else "l")] * count)
-
-
-@triton.constexpr_function
-def _copies(value, count):
-    return (value,) * count
+    return operands(of + ("r" if key == "s32" else "l"), count)
 
 
 @triton.jit
@@ -157,7 +154,7 @@ def _run(keys, KIND: tl.constexpr, FIRST: tl.constexpr, K: tl.constexpr, PLAN: t
         return tl.inline_asm_elementwise(
             _ptx(KIND, COUNT, FIRST, RANKS, KEY, ADDED),
             _registers(KEY, RANKS, "=") + "," + _registers(KEY, COUNT + (1 if ADDED else 0)),
-            keys + (one,) if ADDED else keys, _copies(keys[0].dtype, RANKS), True, 1,
+            keys + (one,) if ADDED else keys, copies(keys[0].dtype, RANKS), True, 1,
         )  # fmt: skip
     else:
         comparators, outputs = _network(KIND, COUNT, FIRST, RANKS)

@@ -16,7 +16,7 @@ import math
 import triton
 import triton.language as tl
 
-from .keys import index_bits, lowest, pack_tuple, unpack
+from .keys import copies, index_bits, lowest, operands, pack_tuple, unpack
 from .networks import best_of, is_turned, merge, settle, sort
 from .ptx import (
     hide,
@@ -157,13 +157,28 @@ def _skip_first(keys, skip, PLAN: tl.constexpr):
 @triton.jit
 def shift(keys, column, PLAN: tl.constexpr):
     """The keys of a tile's columns -> those of the row's, `column` further right."""
-    shifted = ()
-    for i in tl.static_range(len(keys)):
-        if PLAN.doubles and keys[i].dtype == tl.int64:
-            shifted = shifted + (tl.where(keys[i] < 0, keys[i] + column, keys[i] - column),)
-        else:
+    if PLAN.doubles and keys[0].dtype == tl.int64:
+        COUNT: tl.constexpr = len(keys)
+        return tl.inline_asm_elementwise(
+            _shifting(COUNT), operands("=&l", COUNT) + "," + operands("l", COUNT) + ",r", keys + (column,),
+            copies(tl.int64, COUNT), True, 1,
+        )  # fmt: skip
+    else:
+        shifted = ()
+        for i in tl.static_range(len(keys)):
             shifted = shifted + (keys[i] - column,)
-    return shifted
+        return shifted
+
+
+@triton.constexpr_function
+def _shifting(count):
+    """PTX that shifts keys that order as doubles, whose columns the negative ones have turned around."""
+    lines = (
+        f"setp.lt.s64 negative, ${count + i}, 0; selp.b64 step, right, left, negative; add.s64 ${i}, ${count + i}, step;"
+        for i in range(count)
+    )
+    declared = ".reg .pred negative; .reg .b64 right, left, step;"
+    return " ".join(["{", declared, f"cvt.s64.s32 right, ${2 * count}; neg.s64 left, right;", *lines, "}"])
 
 
 @triton.jit
