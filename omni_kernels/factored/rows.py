@@ -174,10 +174,10 @@ def shift(keys, column, PLAN: tl.constexpr):
 def _shifting(count):
     """PTX that shifts keys that order as doubles, whose columns the negative ones have turned around."""
     lines = (
-        f"setp.lt.s64 negative, ${count + i}, 0; selp.b64 step, right, left, negative; add.s64 ${i}, ${count + i}, step;"
+        f"setp.lt.s64 turned, ${count + i}, 0; selp.b64 step, right, left, turned; add.s64 ${i}, ${count + i}, step;"
         for i in range(count)
     )
-    declared = ".reg .pred negative; .reg .b64 right, left, step;"
+    declared = ".reg .pred turned; .reg .b64 right, left, step;"
     return " ".join(["{", declared, f"cvt.s64.s32 right, ${2 * count}; neg.s64 left, right;", *lines, "}"])
 
 
