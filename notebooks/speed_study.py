@@ -284,7 +284,8 @@ LAYOUTS = {
     "columns": lambda logits: logits.t().contiguous().t(),
 }
 TABLES = TIMED | {"layouts": [(case, list(LAYOUTS)) for case in (MAIN, FP32)], "memory": MEMORY}
-GUIDE_EXPECTS = {64: (10, 20), 128: (15, 25), 256: (20, 35)}  # percent
+GUIDE_EXPECTS = {64: (10, 20), 128: (15, 25), 256: (20, 35)}  # percent, of the forward pass
+GUIDE_EXPECTS_BACKWARD = (5, 15)
 
 
 def logits(case):
@@ -614,16 +615,27 @@ def layouts_table(rows):
 
 
 def guide_table(rows):
-    """Times and speedups over the original kernels, of one GPU, beside what the guide expects of the optimized ones."""
+    """Times and speedups over the original kernels, of one GPU, beside what the guide expects of the optimized ones;
+    last the backward pass, whose times are in a table of their own."""
     lines = []
     for (size, k), group in rows.groupby(["num_expert_sqrt", "k"], sort=False):
-        times = group.set_index("rival").us
-        gains = [number(times[ORIGINAL] / times[name] - 1, "+,.0%") for name in (OPTIMIZED, OMNI)]
-        low, high = GUIDE_EXPECTS[size]
-        lines.append((f"{size}×{size}", k, *(microseconds(times[n]) for n in (ORIGINAL, OPTIMIZED, OMNI)), *gains,
-                      f"+{low}–{high}%"))  # fmt: skip
+        times = group.set_index("rival").us[[ORIGINAL, OPTIMIZED, OMNI]]
+        lines.append(_guide_line(f"{size}×{size}, forward", k, times, GUIDE_EXPECTS[size]))
+    backward = latest("backward")
+    if len(backward):
+        few = backward[(backward.gpu == rows.gpu.iloc[0]) & (backward.num_tokens == rows.num_tokens.iloc[0])]
+        for (size, k), group in few.groupby(["num_expert_sqrt", "k"], sort=False):
+            times = group.set_index("rival").us[["original kernel, atomics", "shared memory", "shared memory"]]
+            lines.append(_guide_line(f"{size}×{size}, backward", k, times, GUIDE_EXPECTS_BACKWARD))
     return markdown(["experts", "k", "original, µs", "optimized, µs", "`omni_router`, µs", "optimized", "`omni_router`",
                      "the guide expects of optimized"], lines)  # fmt: skip
+
+
+def _guide_line(experts, k, times, expected):
+    original, *others = times
+    gains = [f"{original / us:.3g}×" if us == us else "–" for us in others]
+    low, high = (f"{1 + percent / 100:.3g}" for percent in expected)
+    return experts, k, *map(microseconds, times), *gains, f"{low} to {high}×"
 
 
 def number(value, spec):

@@ -114,10 +114,9 @@ def _merge_lists(heads, target, shared_target, writes, PLAN: tl.constexpr):
 
     heads: where each list starts in private memory; each ends with the lowest key.
     """
-    WIDE: tl.constexpr = PLAN.key_bytes == 8
     keys = ()
     for i in tl.static_range(len(heads)):
-        keys = keys + (load_private(heads[i], WIDE),)
+        keys = keys + (load_private(heads[i], PLAN.key_bytes * 8),)
     least = lowest(keys[0], PLAN)
     for rank in tl.range(PLAN.ranks):
         best = sort(keys, 1, PLAN)[0]
@@ -127,7 +126,7 @@ def _merge_lists(heads, target, shared_target, writes, PLAN: tl.constexpr):
         for i in tl.static_range(len(heads)):
             moves = moves + ((keys[i] == best) & is_less(least, best, PLAN),)
             taken = tl.where(moves[i], heads[i], taken)
-        following = load_private(taken + PLAN.key_bytes, WIDE)
+        following = load_private(taken + PLAN.key_bytes, PLAN.key_bytes * 8)
         next_keys, next_heads = (), ()
         for i in tl.static_range(len(heads)):
             next_keys = next_keys + (tl.where(moves[i], following, keys[i]),)

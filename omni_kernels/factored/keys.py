@@ -9,6 +9,8 @@ equal scores, the lowest index: ties need no code of their own. (The trick is ra
 import triton
 import triton.language as tl
 
+from .ptx import copies, operands
+
 LOWEST_KEY = tl.constexpr(-(1 << 63))  # below every packed key: what padding sorts as
 
 
@@ -95,18 +97,6 @@ def _packing(count, KEY):
             and.b32 bits, bits, {~mask}; sub.s32 low, {mask - i}, ${2 * count}; or.b32 ${i}, bits, low;""")
     declared = ".reg .b16 zero, half; .reg .b32 bits, sign, low; mov.b16 zero, 0;"
     return " ".join(["{", declared, *lines, "}"])
-
-
-@triton.constexpr_function
-def operands(constraint, count):
-    """The constraints of `count` operands of an operation in PTX."""
-    return ",".join([constraint] * count)
-
-
-@triton.constexpr_function
-def copies(value, count):
-    """A tuple of the same."""
-    return (value,) * count
 
 
 @triton.jit

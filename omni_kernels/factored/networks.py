@@ -12,7 +12,7 @@ the intermediate representation for seconds, and LLVM look for something to simp
 import triton
 import triton.language as tl
 
-from .keys import copies, operands
+from .ptx import copies, operands
 
 
 @triton.constexpr_function

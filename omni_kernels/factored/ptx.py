@@ -14,6 +14,24 @@ import triton
 import triton.language as tl
 
 
+@triton.constexpr_function
+def operands(constraint, count):
+    """The constraints of `count` operands of an operation in PTX."""
+    return ",".join([constraint] * count)
+
+
+@triton.constexpr_function
+def copies(value, count):
+    """A tuple of the same."""
+    return (value,) * count
+
+
+@triton.constexpr_function
+def register(bits):
+    """The constraint of an operand of that many bits."""
+    return {16: "h", 32: "r", 64: "l"}[bits]
+
+
 @triton.jit
 def allocate_rows(like, BYTES: tl.constexpr):
     """Shared memory for this program: its address, in every thread of `like`.
@@ -245,19 +263,23 @@ def load_words(address, WORDS: tl.constexpr):
 
     address: int32, in shared memory, or int64, in global memory.
     """
-    SPACE: tl.constexpr = "shared" if address.dtype == tl.int32 else "global"
-    FROM: tl.constexpr = "r" if address.dtype == tl.int32 else "l"
-    if WORDS == 4:
-        return tl.inline_asm_elementwise(
-            f"ld.{SPACE}.v4.b32 {{$0, $1, $2, $3}}, [$4];", f"=r,=r,=r,=r,{FROM}", [address],
-            (tl.int32, tl.int32, tl.int32, tl.int32), False, 1,
-        )  # fmt: skip
-    elif WORDS == 2:
-        return tl.inline_asm_elementwise(
-            f"ld.{SPACE}.v2.b32 {{$0, $1}}, [$2];", f"=r,=r,{FROM}", [address], (tl.int32, tl.int32), False, 1
-        )
-    else:
-        return (tl.inline_asm_elementwise(f"ld.{SPACE}.b32 $0, [$1];", f"=r,{FROM}", [address], tl.int32, False, 1),)
+    return tl.inline_asm_elementwise(
+        _load(WORDS, address.dtype), operands("=r", WORDS) + "," + register(address.dtype.primitive_bitwidth),
+        [address], copies(tl.int32, WORDS), False, 1,
+    )  # fmt: skip
+
+
+@triton.constexpr_function
+def _load(count, address):
+    space = "shared" if address == tl.int32 else "global"
+    return f"ld.{space}{_vector(range(count))}, [${count}];"
+
+
+@triton.constexpr_function
+def _vector(numbers):
+    """What a load or store of some operands, 32 bits each, ends in."""
+    names = ", ".join(f"${number}" for number in numbers)
+    return f".v{len(numbers)}.b32 {{{names}}}" if len(numbers) > 1 else f".b32 {names}"
 
 
 @triton.jit
@@ -320,72 +342,68 @@ def unpack_word(word, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def pack_words(values):
-    """A tuple of fp32, int32, fp16 or bf16 values -> a tuple of the 32-bit words they fill."""
+def _pack_words(values):
+    """A tuple of fp32, int32, fp16 or bf16 values -> a tuple of the 32-bit words they fill, or of 16-bit ones if they
+    fill none."""
     words = ()
     if values[0].dtype.primitive_bitwidth == 32:
         for i in tl.static_range(len(values)):
             words = words + (values[i].to(tl.int32, bitcast=True),)
-    else:
+    elif len(values) % 2 == 0:
         for i in tl.static_range(0, len(values), 2):
             low = values[i].to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
             words = words + (low | (values[i + 1].to(tl.int16, bitcast=True).to(tl.int32) << 16),)
+    else:
+        for i in tl.static_range(len(values)):
+            words = words + (values[i].to(tl.int16, bitcast=True),)
     return words
 
 
 @triton.jit
 def store_row(ptrs, values, mask, PLAN: tl.constexpr):
-    """Store a tuple of [TILE_M] values, each already in its dtype, as a contiguous row at each pointer."""
-    BITS: tl.constexpr = ptrs.dtype.element_ty.primitive_bitwidth
-    if not PLAN.ptx:
+    """Store a tuple of values, each already in its dtype, as a contiguous row at each pointer."""
+    if PLAN.ptx:
+        words = _pack_words(values)
+        tl.inline_asm_elementwise(
+            _stores(len(words), words[0].dtype.primitive_bitwidth),
+            "=r,l," + operands(register(words[0].dtype.primitive_bitwidth), len(words)) + ",r",
+            (ptrs.to(tl.int64),) + words + (mask.to(tl.int32),), tl.int32, False, 1,
+        )  # fmt: skip
+    else:
         for i in tl.static_range(len(values)):
             tl.store(ptrs + i, values[i], mask=mask)
-    elif len(values) * BITS % 32 != 0:
-        for i in tl.static_range(len(values)):
-            tl.inline_asm_elementwise(
-                "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b16 [$1], $2; mov.u32 $0, 0; }", "=r,l,h,r",
-                [(ptrs + i).to(tl.int64), values[i].to(tl.int16, bitcast=True), mask.to(tl.int32)], tl.int32, False, 1,
-            )  # fmt: skip
-    else:
-        words = pack_words(values)
-        WIDTH: tl.constexpr = 4 if len(words) % 4 == 0 else (2 if len(words) % 2 == 0 else 1)
-        for i in tl.static_range(0, len(words), WIDTH):
-            start = (ptrs + i * 32 // BITS).to(tl.int64)
-            if WIDTH == 4:
-                tl.inline_asm_elementwise(
-                    "{ .reg .pred p; setp.ne.s32 p, $6, 0;"
-                    " @p st.global.v4.b32 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0; }",
-                    "=r,l,r,r,r,r,r",
-                    [start, words[i], words[i + 1], words[i + 2], words[i + 3], mask.to(tl.int32)], tl.int32, False, 1,
-                )  # fmt: skip
-            elif WIDTH == 2:
-                tl.inline_asm_elementwise(
-                    "{ .reg .pred p; setp.ne.s32 p, $4, 0; @p st.global.v2.b32 [$1], {$2, $3}; mov.u32 $0, 0; }",
-                    "=r,l,r,r,r", [start, words[i], words[i + 1], mask.to(tl.int32)], tl.int32, False, 1,
-                )  # fmt: skip
-            else:
-                tl.inline_asm_elementwise(
-                    "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b32 [$1], $2; mov.u32 $0, 0; }", "=r,l,r,r",
-                    [start, words[i], mask.to(tl.int32)], tl.int32, False, 1,
-                )  # fmt: skip
+
+
+@triton.constexpr_function
+def _stores(count, bits):
+    """PTX that stores words from $2 on at $1, as many at a time as divide them, if what is behind them says so."""
+    width = next(width for width in (4, 2, 1) if count % width == 0) if bits == 32 else 1
+    lines = []
+    for i in range(0, count, width):
+        place, values = f"[$1+{i * bits // 8}]", range(2 + i, 2 + i + width)
+        if bits == 16:
+            lines.append(f"@p st.global.b16 {place}, ${2 + i};")
+        else:
+            operation, names = _vector(values).split(" ", 1)
+            lines.append(f"@p st.global{operation} {place}, {names};")
+    return " ".join(["{ .reg .pred p;", f"setp.ne.s32 p, ${2 + count}, 0;", *lines, "mov.u32 $0, 0; }"])
 
 
 @triton.jit
 def load_shared(address, BITS: tl.constexpr):
     """A number of 16, 32 or 64 bits from shared memory: an int64, or an int32 with zeros above."""
-    CLASS: tl.constexpr = "l" if BITS == 64 else "r"
     return tl.inline_asm_elementwise(
-        f"ld.shared.u{BITS} $0, [$1];", f"={CLASS},r", [address], tl.int64 if BITS == 64 else tl.int32, False, 1
-    )
+        f"ld.shared.u{BITS} $0, [$1];", "=" + register(max(BITS, 32)) + ",r", [address],
+        tl.int64 if BITS == 64 else tl.int32, False, 1,
+    )  # fmt: skip
 
 
 @triton.jit
 def store_shared(address, value, BITS: tl.constexpr, mask):
     """The low BITS (16, 32 or 64) bits of an int32 or int64, to shared memory."""
-    CLASS: tl.constexpr = "l" if BITS == 64 else "r"
     tl.inline_asm_elementwise(
         f"{{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.shared.b{BITS} [$1], $2; mov.u32 $0, 0; }}",
-        f"=r,r,{CLASS},r", [address, value, mask.to(tl.int32)], tl.int32, False, 1,
+        "=r,r," + register(max(BITS, 32)) + ",r", [address, value, mask.to(tl.int32)], tl.int32, False, 1,
     )  # fmt: skip
 
 
@@ -398,21 +416,20 @@ def allocate_private(like, BYTES: tl.constexpr):
 
 
 @triton.jit
-def load_private(address, WIDE: tl.constexpr):
-    """An int32 or, WIDE, int64 from a lane's own memory."""
-    if WIDE:
-        return tl.inline_asm_elementwise("ld.local.b64 $0, [$1];", "=l,l", [address], tl.int64, False, 1)
-    else:
-        return tl.inline_asm_elementwise("ld.local.b32 $0, [$1];", "=r,l", [address], tl.int32, False, 1)
+def load_private(address, BITS: tl.constexpr):
+    """An int32 or int64 from a lane's own memory."""
+    return tl.inline_asm_elementwise(
+        f"ld.local.b{BITS} $0, [$1];", "=" + register(BITS) + ",l", [address], tl.int64 if BITS == 64 else tl.int32,
+        False, 1,
+    )  # fmt: skip
 
 
 @triton.jit
 def store_private(address, value):
     """An int32 or int64 to a lane's own memory."""
     BITS: tl.constexpr = value.dtype.primitive_bitwidth
-    CLASS: tl.constexpr = "l" if BITS == 64 else "r"
     tl.inline_asm_elementwise(
-        f"st.local.b{BITS} [$1], $2; mov.u32 $0, 0;", f"=r,l,{CLASS}", [address, value], tl.int32, False, 1
+        f"st.local.b{BITS} [$1], $2; mov.u32 $0, 0;", "=r,l," + register(BITS), [address, value], tl.int32, False, 1
     )
 
 

@@ -16,12 +16,14 @@ import math
 import triton
 import triton.language as tl
 
-from .keys import copies, index_bits, lowest, operands, pack_tuple, unpack
+from .keys import index_bits, lowest, pack_tuple, unpack
 from .networks import best_of, is_turned, merge, settle, sort
 from .ptx import (
+    copies,
     hide,
     load_value,
     load_words,
+    operands,
     store_shared,
     transpose_halves,
     turn_columns,
