@@ -139,9 +139,9 @@ def test_what_compiles_to_another_binary_is_measured_anew(gpu):
     gpu["setting"] |= {"torch": "another", "commit": "another"}  # which no kernel is made of
     gpu["compiler"] = "another"
     autotune.run_study(problems=PROBLEMS[:1])
-    assert len(tables.read("autotune")) == 2 * 87 - failed
+    assert len(tables.read("autotune")) == 2 * 90 - failed
     rows = autotune.recorded_rows("autotune")
-    assert len(rows) == 87
+    assert len(rows) == 90
     assert rows["binary"].dropna().str.startswith("another").all()
 
 
@@ -331,7 +331,10 @@ def test_the_measured_lists_hold_a_good_configuration_for_every_recorded_problem
     held = autotune.measured_list(autotune.of_gpu(autotune.recorded_rows("autotune")))
     assert list(held.index) == [autotune.title(problem) for problem in autotune.PROBLEMS]
     assert (held["configurations"] < held["of"]).all()
-    assert held["time / best"].between(1, 1.02).all()
+    # What is on record of the two forward kernels is of their predecessors, which had other lists.
+    listed = held[held["configurations"] > 0]
+    assert {name.split(",")[0] for name in held.index.difference(listed.index)} <= {"forward", "split forward"}
+    assert listed["time / best"].between(1, 1.02).all()
 
 
 def test_an_architecture_without_measured_lists(gpu):

@@ -412,7 +412,7 @@ def test_the_host_is_given_time_by_a_large_buffer_and_only_meanwhile(memory, buf
 
 
 def test_a_graph_holds_calls_that_take_turns_for_a_while(monkeypatch):
-    called, samples = [], iter([4000.0, *range(6000, 16000, 1000)])
+    called, samples = [], iter([9000.0] * 3 + [12000.0] * 3 + [*range(6000, 16000, 1000)])
 
     class Graph:
         def replay(self):
@@ -426,9 +426,10 @@ def test_a_graph_holds_calls_that_take_turns_for_a_while(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(timing, "once", once)
     times = timing.kernel_us([lambda: called.append("one"), lambda: called.append("two")], quantiles=(0.5, 0.0, 1.0))
-    rounds = 3  # of 4000 µs, to fill 10000
-    assert called == ["one", "two"] * (2 + rounds) + ["replay"] * 11
-    assert times == pytest.approx([10500 / 6, 6000 / 6, 15000 / 6])
+    # One round takes 9000 µs, but two take 12000, of which two fill 10000 as well.
+    graphs = ["one", "two"] + ["replay"] * 4 + ["one", "two"] * 2 + ["replay"] * 4 + ["one", "two"] * 2
+    assert called == ["one", "two", *graphs] + ["replay"] * 11
+    assert times == pytest.approx([10500 / 4, 6000 / 4, 15000 / 4])
 
 
 def test_calls_are_timed_in_turn(monkeypatch):
