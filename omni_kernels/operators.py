@@ -100,7 +100,8 @@ def assume_same_tokens(x, y):
 
 def is_ordinary(x, y, k):
     """Whether, while compiling and without tangents, `check` lets pass what is usual. In as few names as can be: every
-    name that the compiler meets, a compiled call looks up again, and those of `check` take a tenth of its time."""
+    name that the compiler meets, a compiled call looks up again, and those of `check` take a tenth of its time. (So the
+    largest N stands here as a number.)"""
     if not (k.__class__ is (0).__class__ and x.ndim == y.ndim == 2 and forward_ad._current_level < 0):
         return False
     assume_same_tokens(x, y)

@@ -24,6 +24,7 @@ from cases import (
 
 from omni_kernels import backward, explain, factored, factored_router, omni_router
 from omni_kernels.factored import frontier, lanes, tile
+from omni_kernels.factored import plan as plan_module
 
 FP32, FP16, BF16 = DTYPES
 
@@ -106,6 +107,7 @@ from triton.backends.compiler import GPUTarget
 from omni_kernels import backward
 from omni_kernels.configs import compiled
 from omni_kernels.factored import frontier, lanes, tile
+from omni_kernels.factored import plan as plan_module
 
 class Driver:
     get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
@@ -192,6 +194,71 @@ def test_explain_is_what_the_router_does(device):
             assert (plan.num_expert_sqrt, plan.k, plan.dtype) == (num_expert_sqrt, k, FP32)
             assert plan.scores_dtype == (scores_dtype or FP32)
             assert_same_bits(factored.run(plan, x, y), omni_router(x, y, k, scores_dtype))
+
+
+# Launches on a GPU that is not there ---------------------------------------------------------------------------------
+
+
+class Binary:
+    """What Triton would compile: it notes how it is launched."""
+
+    function, packed_metadata = "function", "packed"
+
+    def __init__(self):
+        self.launches, self.run = [], lambda *args: self.launches.append(args)
+
+    def launch_metadata(self, grid, stream, *args):
+        return grid, stream
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """A launch on GPU 0, its binary, what Triton's own way of launching is asked for, and the tensors to launch on."""
+    binary, others = Binary(), []
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 70 + device, raising=False)
+    monkeypatch.setattr(plan_module, "compiled", lambda *_, **__: binary)
+    monkeypatch.setattr(plan_module, "launch", lambda *args: others.append(args))
+    return plan_module.Launch(PLANS[0], 0), binary, others, [torch.zeros(4) for _ in range(4)]
+
+
+def test_a_launch_says_what_triton_would(stand_in):
+    launch, binary, others, tensors = stand_in
+    for num_tokens, grid in ((600, 19), (32, 1), (33, 2)):
+        launch(num_tokens, *tensors, 1, 2, 3, 4, num_tokens)
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        want = (grid, 1, 1, 70, "function", "packed", None, None, None, *addresses, 1, 2, 3, 4, num_tokens, PLANS[0])
+        assert binary.launches.pop() == want
+    assert (binary.launches, others) == ([], [])
+
+
+def test_a_launch_hook_is_told_of_a_launch(stand_in):
+    launch, binary, _, tensors = stand_in
+    hooks = triton.knobs.runtime.launch_enter_hook
+    hooks.add(print)
+    try:
+        launch(33, *tensors, 33)
+    finally:
+        hooks.remove(print)
+    assert binary.launches[0][6:9] == (((2, 1, 1), 70), hooks, triton.knobs.runtime.launch_exit_hook)
+
+
+def test_who_wants_another_launch_gets_tritons_own(stand_in, monkeypatch):
+    """Whoever debugs, runs before a kernel, or keeps it from compiling."""
+    launch, binary, others, tensors = stand_in
+    with monkeypatch.context() as patch:
+        patch.setattr(triton.knobs.runtime, "debug", True)
+        launch(33, *tensors, 33)
+    launch._hooks = [print]
+    launch(33, *tensors, 33)
+    launch._hooks = []
+    with monkeypatch.context() as patch:
+        patch.setattr(plan_module, "compiled", lambda *_, **__: None)
+        launch(33, *tensors, 33)
+    assert others == [(PLANS[0], 33, *tensors, 33)] * 3
+    assert binary.launches == []
+    launch(33, *tensors, 33)
+    assert len(binary.launches) == 1
 
 
 # Launches -----------------------------------------------------------------------------------------------------------

@@ -126,12 +126,13 @@ class Launch:
     tokens. The caller sees to it.
     """
 
-    __slots__ = ("_binary", "_function", "_lock", "_run", "_tokens", "_tokens_have", "device", "plan")
+    __slots__ = ("_binary", "_function", "_hooks", "_lock", "_run", "_tokens", "_tokens_have", "device", "plan")
 
     def __init__(self, plan, device):
         self.plan, self.device = plan, device
         self._binary, self._run, self._lock = None, None, threading.Lock()
         self._tokens, self._tokens_have = plan.tokens, plan.grid(1)  # of a program, and the programs that share them
+        self._hooks = getattr(plan.kernel, "pre_run_hooks", ())  # the kernel's own list, to which anybody may add
 
     def __call__(self, num_tokens, a, b, c, d, *numbers):
         """Launches on the current stream of the GPU, whichever GPU is the current one."""
@@ -139,10 +140,9 @@ class Launch:
             with torch.cuda.device(self.device):
                 return self(num_tokens, a, b, c, d, *numbers)
         runtime = triton.knobs.runtime
-        if runtime.debug or runtime.add_stages_inspection_hook or triton.knobs.compilation.instrumentation_mode:
-            return launch(self.plan, num_tokens, a, b, c, d, *numbers)  # somebody asks for another binary
-        if self._run is None:
-            self._load(a, b, c, d, *numbers)
+        asks = runtime.debug or runtime.add_stages_inspection_hook or triton.knobs.compilation.instrumentation_mode
+        if asks or self._hooks or not (self._run or self._load(a, b, c, d, *numbers)):
+            return launch(self.plan, num_tokens, a, b, c, d, *numbers)  # somebody wants another binary, or to see
         grid = -(-num_tokens // self._tokens) * self._tokens_have
         stream = torch._C._cuda_getCurrentRawStream(self.device)
         # Of a tensor Triton's launcher would ask the driver whether the GPU can read it.
@@ -155,17 +155,22 @@ class Launch:
         self._run(grid, 1, 1, stream, *self._function, metadata, enter, leave, *args)
 
     def _load(self, *args):
+        """Makes ready to launch; says whether Triton gave a binary: a hook may keep it from compiling."""
         self._compile(*args)
+        if self._binary is None:
+            return False
         with _loading:  # Triton shows a binary's launcher before it has its function
             run = self._binary.run
             self._function = self._binary.function, self._binary.packed_metadata
         self._run = run
+        return True
 
     def _compile(self, *args):
         """Makes the binary for arguments like these. If somebody makes it already, waits for that."""
         with self._lock:
             if self._binary is None:
-                self._binary = compiled(self.plan.kernel, *args, PLAN=self.plan, num_warps=self.plan.num_warps)
+                binary = compiled(self.plan.kernel, *args, PLAN=self.plan, num_warps=self.plan.num_warps)
+                self._binary = binary.result() if hasattr(binary, "result") else binary  # if others compile at once
 
     def compile_later(self, *args):
         """Has Triton compile the kernel in a thread of its own, which keeps none of the tensors, and loads nothing."""
