@@ -43,10 +43,6 @@ class Plan(dict):
         for name, value in vars(self).items():
             self[name] = value if isinstance(value, int | str) else str(value)
 
-    def __format__(self, _):
-        """All of it: Triton tells functions apart by what their constants look like in an f-string."""
-        return repr(self)
-
     @property
     def cache_key(self):
         """What Triton tells binaries on disk apart by."""
