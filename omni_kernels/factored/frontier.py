@@ -42,7 +42,7 @@ from .ptx import (
     store_shared,
     sync_warp,
 )
-from .rows import lowest_keys, row_alignment, sorted_group
+from .rows import lowest_keys, row_alignment, rows_of_lanes, sorted_group
 
 MAX_EXPERTS_PER_TOKEN = 256  # ranks take 8 bits of a pair's key; rows, of which there may be 46340, 16
 SHARED_BYTES = 48 << 10  # what a program may declare
@@ -244,9 +244,9 @@ def frontier_kernel(
     first_token = tl.program_id(0).to(tl.int64) * TOKENS
     tokens = first_token + lane // 2
     odd = lane % 2 == 1
-    read = tl.minimum(tokens, num_tokens - 1)  # lanes past the end route the last token again, and store nothing
-    x_ptrs, y_ptrs = x_ptr + read * stride_xm, y_ptr + read * stride_ym
-    row_ptrs, stride_n = tl.where(odd, y_ptrs, x_ptrs), tl.where(odd, stride_yn, stride_xn)
+    x_ptrs, y_ptrs, row_ptrs, stride_n = rows_of_lanes(
+        x_ptr, y_ptr, stride_xm, stride_xn, stride_ym, stride_yn, tokens, num_tokens, odd
+    )  # fmt: skip
 
     out = allocate_rows(lane, PLAN.shared_bytes)
     lists = out + TOKENS * PLAN.pair_pitch

@@ -44,6 +44,7 @@ from .rows import (
     exact_keys,
     lowest_keys,
     row_alignment,
+    rows_of_lanes,
     shift,
     top_of_strided_segment,
 )
@@ -185,16 +186,15 @@ def lanes_kernel(
     odd = lane % 2 == 1
     # A one as far as a compiler can know.
     one = lane * 0 + tl.minimum(num_tokens, 1).to(tl.int32) if PLAN.add_minima else None
-    stride_n = tl.where(odd, stride_yn, stride_xn)
     first_column = tl.minimum(lane % PLAN.lanes // 2 * PLAN.segment, PLAN.num_expert_sqrt - PLAN.segment)
     skip = lane % PLAN.lanes // 2 * PLAN.segment - first_column
 
     first_token = tl.program_id(0).to(tl.int64) * PLAN.tokens
     tokens = first_token + lane // PLAN.lanes
     inside = tokens < num_tokens
-    read = tl.minimum(tokens, num_tokens - 1)  # lanes past the end route the last token again, and store nothing
-    x_ptrs, y_ptrs = x_ptr + read * stride_xm, y_ptr + read * stride_ym
-    row_ptrs = tl.where(odd, y_ptrs, x_ptrs)
+    x_ptrs, y_ptrs, row_ptrs, stride_n = rows_of_lanes(
+        x_ptr, y_ptr, stride_xm, stride_xn, stride_ym, stride_yn, tokens, num_tokens, odd
+    )  # fmt: skip
     if PLAN.tile_n > 0:
         segment = row_ptrs.to(tl.int64) + first_column * PLAN.itemsize
         if PLAN.staged:

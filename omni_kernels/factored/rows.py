@@ -33,6 +33,17 @@ from .ptx import (
 
 
 @triton.jit
+def rows_of_lanes(x_ptr, y_ptr, stride_xm, stride_xn, stride_ym, stride_yn, tokens, num_tokens, odd):
+    """Where a token's rows of x and y begin, and which of them is a lane's own, and the stride of that.
+
+    Lanes past the end route the last token again, and store nothing.
+    """
+    read = tl.minimum(tokens, num_tokens - 1)
+    x_ptrs, y_ptrs = x_ptr + read * stride_xm, y_ptr + read * stride_ym
+    return x_ptrs, y_ptrs, tl.where(odd, y_ptrs, x_ptrs), tl.where(odd, stride_yn, stride_xn)
+
+
+@triton.jit
 def _larger_halves(a, b, DTYPE: tl.constexpr):
     """The two 16-bit maxima of two words, in one instruction; NaN wins."""
     if DTYPE == tl.bfloat16:
