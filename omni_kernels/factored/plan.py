@@ -95,10 +95,9 @@ def launch(plan, num_tokens, *args):
     plan.kernel[(plan.grid(num_tokens),)](*args, PLAN=plan, num_warps=plan.num_warps, **OPTIONS)
 
 
-def new_matrices(like, num_rows, num_columns, *dtypes):
-    """Two empty matrices of a shape on the device of a tensor, a GPU: in half of the time of `new_empty`, as what
-    PyTorch compiles makes its own. Where PyTorch fills what is empty, to find who reads it, `new_empty` does so."""
-    first, second = dtypes
+def new_matrices(like, num_rows, num_columns, first, second):
+    """Two empty matrices of a shape and two dtypes, on the device of a tensor, a GPU: in half the time of `new_empty`,
+    as compiled code makes its own. Where PyTorch fills what is empty, to find who reads it, `new_empty` does so."""
     shape, strides = (num_rows, num_columns), (num_columns, 1)
     elsewhere = torch._C._cuda_getDevice() != like.get_device()
     if _empty_on_gpu is None or elsewhere or torch._C._get_deterministic_algorithms():

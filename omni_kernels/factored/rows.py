@@ -16,7 +16,7 @@ import math
 import triton
 import triton.language as tl
 
-from .keys import index_bits, lowest, pack_tuple, unpack
+from .keys import index_bits, lowest, pack, pack_tuple, unpack
 from .networks import best_of, is_turned, merge, settle, sort
 from .ptx import (
     copies,
@@ -320,7 +320,7 @@ def exact_keys(best, row, doubt, PLAN: tl.constexpr):
     for rank in tl.static_range(min(K + 1, len(best))):
         column = unpack(best[rank], BITS)[1]
         value = load_words(row + (column * 4).to(row.dtype), 1)[0].to(tl.float32, bitcast=True)
-        exact = exact + pack_tuple((value,), column, tl.float32, PLAN)
+        exact = exact + (pack(value, column, tl.float32, PLAN),)
     while tl.max(is_turned(exact, PLAN), 0) != 0:  # neighbours seldom change places
         exact = settle(exact, PLAN)
     exact = exact[:K]
