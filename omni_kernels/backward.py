@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import device_of, interpreting, kernel_input, on_nvidia, output_dtype
+from .configs import device_of, kernel_input, on_nvidia, output_dtype
 from .factored.plan import Launch, Launches, Plan, launch, new_matrices
 from .factored.ptx import allocate_rows, load_words, store_words, sync_warp
 
@@ -113,7 +113,7 @@ def _add_in_order(addresses, values, masks):
 
 
 @triton.jit
-def _store_sums(pointer, OFFSET: tl.constexpr, sums, mask, DTYPE: tl.constexpr):
+def _store_sums(pointer, OFFSET, sums, mask, DTYPE):
     """Store a tuple of 4 fp32 sums, rounded to DTYPE, at pointer (an integer) + OFFSET elements."""
     START: tl.constexpr = OFFSET * (DTYPE.primitive_bitwidth // 8)
     if DTYPE == tl.float32:
@@ -141,14 +141,13 @@ def shared_kernel(
 ):  # fmt: skip
     """One warp sums the rows of some tokens, or tile_n columns of those of one."""
     NUM_EXPERT_SQRT: tl.constexpr = PLAN.num_expert_sqrt
-    NUM_PIECES: tl.constexpr = PLAN.pieces
     TILE_M: tl.constexpr = PLAN.tokens
     TILE_K: tl.constexpr = PLAN.tile_k
     TILE_N: tl.constexpr = PLAN.tile_n
     num_experts_per_token = PLAN.k
     lane = tl.arange(0, 32)
-    first_token = (tl.program_id(0) // NUM_PIECES).to(tl.int64) * TILE_M
-    first_column = tl.program_id(0) % NUM_PIECES * TILE_N
+    first_token = (tl.program_id(0) // PLAN.pieces).to(tl.int64) * TILE_M
+    first_column = tl.program_id(0) % PLAN.pieces * TILE_N
     num_rows = tl.minimum(num_tokens - first_token, TILE_M).to(tl.int32)
 
     # In shared memory: the rows of x, those of y; then of each token's slots the gradient, and the bytes to the row
@@ -220,27 +219,24 @@ def scatter_kernel(
     PLAN: tl.constexpr,
 ):  # fmt: skip
     num_expert_sqrt, num_experts_per_token = PLAN.num_expert_sqrt, PLAN.k
-    TILE_M: tl.constexpr = PLAN.tokens
-    TILE_K: tl.constexpr = PLAN.tile_k
-    TILE_N: tl.constexpr = PLAN.tile_n
-    tokens = tl.program_id(0).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
+    tokens = tl.program_id(0).to(tl.int64) * PLAN.tokens + tl.arange(0, PLAN.tokens)
     in_batch = tokens < num_tokens
-    zeros = tl.zeros((TILE_M, TILE_N), grad_x_ptr.dtype.element_ty)
-    for start in range(0, num_expert_sqrt, TILE_N):
-        columns = start + tl.arange(0, TILE_N)
+    zeros = tl.full((PLAN.tokens, PLAN.tile_n), 0.0, grad_x_ptr.dtype.element_ty)
+    for start in range(0, num_expert_sqrt, PLAN.tile_n):
+        columns = start + tl.arange(0, PLAN.tile_n)
         mask = in_batch[:, None] & (columns < num_expert_sqrt)[None, :]
         offsets = tokens[:, None] * num_expert_sqrt + columns[None, :]
         tl.store(grad_x_ptr + offsets, zeros, mask=mask)
         tl.store(grad_y_ptr + offsets, zeros, mask=mask)
     tl.debug_barrier()  # the sums below must land on the zeros, not under them
 
-    for start in range(0, num_experts_per_token, TILE_K):
-        slots = start + tl.arange(0, TILE_K)
+    for start in range(0, num_experts_per_token, PLAN.tile_k):
+        slots = start + tl.arange(0, PLAN.tile_k)
         mask = in_batch[:, None] & (slots < num_experts_per_token)[None, :]
         experts = tl.load(indices_ptr + tokens[:, None] * num_experts_per_token + slots[None, :], mask=mask, other=0)
         rows, columns = experts // num_expert_sqrt, experts % num_expert_sqrt
-        sum_x = tl.zeros((TILE_M, TILE_K), tl.float32)
-        sum_y = tl.zeros((TILE_M, TILE_K), tl.float32)
+        sum_x = tl.full((PLAN.tokens, PLAN.tile_k), 0.0, tl.float32)
+        sum_y = tl.full((PLAN.tokens, PLAN.tile_k), 0.0, tl.float32)
         for slot in range(num_experts_per_token):
             grad, expert = _load_slot(
                 grad_ptr, indices_ptr, tokens, slot, stride_gm, stride_gk, num_experts_per_token, in_batch
@@ -260,14 +256,12 @@ def dense_kernel(
     PLAN: tl.constexpr,
 ):  # fmt: skip
     num_expert_sqrt, num_experts_per_token = PLAN.num_expert_sqrt, PLAN.k
-    TILE_M: tl.constexpr = PLAN.tokens
-    TILE_N: tl.constexpr = PLAN.tile_n
-    tokens = tl.program_id(0).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
+    tokens = tl.program_id(0).to(tl.int64) * PLAN.tokens + tl.arange(0, PLAN.tokens)
     in_batch = tokens < num_tokens
-    for start in range(0, num_expert_sqrt, TILE_N):
-        columns = start + tl.arange(0, TILE_N)
-        sum_x = tl.zeros((TILE_M, TILE_N), tl.float32)
-        sum_y = tl.zeros((TILE_M, TILE_N), tl.float32)
+    for start in range(0, num_expert_sqrt, PLAN.tile_n):
+        columns = start + tl.arange(0, PLAN.tile_n)
+        sum_x = tl.full((PLAN.tokens, PLAN.tile_n), 0.0, tl.float32)
+        sum_y = tl.full((PLAN.tokens, PLAN.tile_n), 0.0, tl.float32)
         for slot in range(num_experts_per_token):
             grad, expert = _load_slot(
                 grad_ptr, indices_ptr, tokens, slot, stride_gm, stride_gk, num_experts_per_token, in_batch
@@ -302,12 +296,12 @@ def backward(grad_scores, indices, num_expert_sqrt, dtype=None):
     known = _launches.get(problem)
     if known is None:
         plan = plan_for(grad, num_expert_sqrt, dtype)
-        if interpreting() or not on_nvidia(grad.device):
+        if not on_nvidia(grad.device):
             return run(plan, grad, indices)
         known = Launch(plan, grad.get_device())
         _launches.keep(problem, known)
     grad_x, grad_y = new_matrices(grad, num_tokens, num_expert_sqrt, dtype, dtype)
-    known(num_tokens, grad, indices, grad_x, grad_y, *strides, num_tokens)
+    known(grad, indices, grad_x, grad_y, *strides, num_tokens)
     return grad_x, grad_y
 
 
@@ -316,14 +310,14 @@ def run(plan, grad_scores, indices):
     grad, shape = kernel_input(grad_scores), (len(grad_scores), plan.num_expert_sqrt)
     grad_x, grad_y = (torch.empty(shape, dtype=output_dtype(plan.dtype), device=grad.device) for _ in range(2))
     with device_of(grad):
-        launch(plan, len(grad), grad, indices, grad_x, grad_y, *grad.stride(), len(grad))
+        launch(plan, grad, indices, grad_x, grad_y, *grad.stride(), len(grad))
     return grad_x.to(plan.dtype), grad_y.to(plan.dtype)
 
 
 def plan_for(grad_scores, num_expert_sqrt, dtype):
     """The plan for a gradient of some scores and logits of a dtype."""
     k, whole_vectors = grad_scores.shape[1], num_expert_sqrt % 4 == 0
-    shared = whole_vectors and not interpreting() and on_nvidia(grad_scores.device)
+    shared = whole_vectors and on_nvidia(grad_scores.device)
     return plan_of(num_expert_sqrt, k, dtype, grad_scores.dtype, shared)
 
 

@@ -8,6 +8,7 @@ import itertools
 import math
 import os
 import threading
+import types
 
 import torch
 import triton
@@ -109,15 +110,15 @@ def as_triton_was_imported():
 
 @functools.cache
 def on_nvidia(device):
-    """Whether a device is an NVIDIA GPU that copies to shared memory on the side: from Ampere on."""
-    nvidia = device.type == "cuda" and torch.version.hip is None
+    """Whether kernels are compiled for an NVIDIA GPU that copies to shared memory on the side: from Ampere on."""
+    nvidia = device.type == "cuda" and torch.version.hip is None and not interpreting()
     return nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @functools.cache
 def compares_doubles(device):
     """Whether this GPU compares doubles as fast as integers: those for data centers do. The interpreter never does."""
-    return not interpreting() and on_nvidia(device) and torch.cuda.get_device_capability(device) in DOUBLES
+    return on_nvidia(device) and torch.cuda.get_device_capability(device) in DOUBLES
 
 
 def has_kernels(tensor):
@@ -342,20 +343,37 @@ def pruned(configs, kernel_type, token_bucket, num_expert_sqrt, num_experts_per_
 
 
 def compiled(kernel, *args, **constants):
-    """The binary of a kernel for some arguments, tensors or their dtypes, which are not used otherwise."""
-    _start_compiler()
-    with _old_objects_kept():
-        return kernel.warmup(*args, grid=(1,), **constants, **OPTIONS)
+    """The binary of a kernel for some arguments, tensors or their dtypes, which are not used otherwise.
 
-
-@functools.cache
-def _start_compiler():
-    """What the first compilation of a process waits for, side by side: Triton hashes itself, and has a C compiler build
-    its driver."""
+    What else a first launch waits for is done meanwhile: Triton hashes itself, and a C compiler builds Triton's driver
+    and the launcher for these arguments.
+    """
     hashing = threading.Thread(target=getattr(triton.runtime.cache, "triton_key", int))
     hashing.start()
-    triton.runtime.driver.active.get_current_target()
+    driver = triton.runtime.driver.active
+    building = threading.Thread(target=_build_launcher, args=(driver, kernel, args))
+    building.start()
     hashing.join()
+    with _old_objects_kept():
+        binary = kernel.warmup(*args, grid=(1,), **constants, **OPTIONS)
+    building.join()
+    return binary
+
+
+def _build_launcher(driver, kernel, args):
+    """Leaves on disk what Triton up to 3.7 builds after a kernel to launch it, which depends on the kinds of arguments
+    alone. A later Triton has one launcher for all of them, so that this fails at once."""
+    signature = {}
+    for parameter, arg in itertools.zip_longest(kernel.params, args):
+        if isinstance(arg, torch.dtype) or hasattr(arg, "dtype"):
+            kind = "*i8"  # any pointer
+        elif parameter.is_constexpr or arg == 1 and not parameter.do_not_specialize:
+            kind = "constexpr"
+        else:
+            kind = "i64" if arg >> 31 else "i32"
+        signature[parameter.num] = kind
+    with contextlib.suppress(Exception):
+        driver.launcher_cls(types.SimpleNamespace(constants={}, signature=signature), None)
 
 
 def compile_all(kernel, args, variants):

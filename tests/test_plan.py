@@ -110,11 +110,12 @@ from omni_kernels.factored import frontier, lanes, tile
 from omni_kernels.factored import plan as plan_module
 
 class Driver:
+    launcher_cls = staticmethod(lambda source, metadata: kinds.append(list(source.signature.values())))
     get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
     get_current_device = staticmethod(lambda: 0)
     get_current_stream = staticmethod(lambda device: 0)
 
-seen = []
+seen, kinds = [], []
 triton.runtime.driver.set_active(Driver())
 triton.knobs.runtime.jit_post_compile_hook = lambda **info: seen.append(
     (info["fn"].name, json.loads(info["compile"]["specialization_data"])["constant_vals"])
@@ -123,10 +124,12 @@ x, scores = torch.zeros(4, 8).half(), torch.zeros(4, 3).half()
 indices = scores.int()
 for plan, args in (
     (lanes.plan_of(8, 3, x.dtype, x.dtype, 16, False, True, 2), (x, x, scores, indices, 8, 1, 8, 1, 4)),
-    (tile.plan_for(x, x, 3, x.dtype), (x, x, scores, indices, 8, 1, 8, 1, 4)),
+    (tile.plan_for(x, x, 3, x.dtype), (x, x, scores, indices, 8, 2, 1, 1 << 31, 1)),
     (backward.plan_of(8, 3, x.dtype, x.dtype, False), (scores, indices, x, x, 3, 1, 4)),
 ):
-    compiled(plan.kernel, *args, PLAN=plan, num_warps=plan.num_warps)
+    binary = compiled(plan.kernel, *args, PLAN=plan, num_warps=plan.num_warps)
+    launched_with = ["*i8" if kind[0] == "*" else kind for kind in binary.src.signature.values()]
+    assert kinds.pop() == launched_with, (kinds, launched_with)
     name, constants = seen.pop()
     assert not seen and name.endswith(plan.kernel.__name__) and json.loads(json.dumps(plan)) in constants, seen
     compiled(plan.kernel, *args, PLAN=plan, num_warps=plan.num_warps)
@@ -136,6 +139,7 @@ for plan, args in (
 
 
 def test_compile_hooks_are_told_the_plan(tmp_path):
+    """And Triton's launcher is built for the arguments that the kernel gets."""
     names = run_python("-c", COMPILE_WITH_HOOKS, TRITON_CACHE_DIR=str(tmp_path)).split()
     assert names == ["lanes_kernel", "tile_kernel", "scatter_kernel"]
 
@@ -226,7 +230,7 @@ def stand_in(monkeypatch):
 def test_a_launch_says_what_triton_would(stand_in):
     launch, binary, others, tensors = stand_in
     for num_tokens, grid in ((600, 19), (32, 1), (33, 2)):
-        launch(num_tokens, *tensors, 1, 2, 3, 4, num_tokens)
+        launch(*tensors, 1, 2, 3, 4, num_tokens)
         addresses = [tensor.data_ptr() for tensor in tensors]
         want = (grid, 1, 1, 70, "function", "packed", None, None, None, *addresses, 1, 2, 3, 4, num_tokens, PLANS[0])
         assert binary.launches.pop() == want
@@ -238,7 +242,7 @@ def test_a_launch_hook_is_told_of_a_launch(stand_in):
     hooks = triton.knobs.runtime.launch_enter_hook
     hooks.add(print)
     try:
-        launch(33, *tensors, 33)
+        launch(*tensors, 33)
     finally:
         hooks.remove(print)
     assert binary.launches[0][6:9] == (((2, 1, 1), 70), hooks, triton.knobs.runtime.launch_exit_hook)
@@ -249,16 +253,16 @@ def test_who_wants_another_launch_gets_tritons_own(stand_in, monkeypatch):
     launch, binary, others, tensors = stand_in
     with monkeypatch.context() as patch:
         patch.setattr(triton.knobs.runtime, "debug", True)
-        launch(33, *tensors, 33)
+        launch(*tensors, 33)
     launch._hooks = [print]
-    launch(33, *tensors, 33)
+    launch(*tensors, 33)
     launch._hooks = []
     with monkeypatch.context() as patch:
         patch.setattr(plan_module, "compiled", lambda *_, **__: None)
-        launch(33, *tensors, 33)
-    assert others == [(PLANS[0], 33, *tensors, 33)] * 3
+        launch(*tensors, 33)
+    assert others == [(PLANS[0], *tensors, 33)] * 3
     assert binary.launches == []
-    launch(33, *tensors, 33)
+    launch(*tensors, 33)
     assert len(binary.launches) == 1
 
 

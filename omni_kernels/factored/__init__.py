@@ -12,7 +12,7 @@ import torch
 
 from .. import reference
 from ..checks import check, check_scores_dtype
-from ..configs import device_of, has_kernels, interpreting, kernel_input, on_nvidia, output_dtype
+from ..configs import device_of, has_kernels, kernel_input, on_nvidia, output_dtype
 from . import frontier, lanes, tile
 from .plan import Launch, Launches, Plan, launch, new_matrices
 
@@ -75,16 +75,14 @@ def factored_forward(router_logits_x, router_logits_y, num_experts_per_token, sc
         return _first_call(problem, x, y, k, scores_dtype)
     most_few, few, many = known
     scores, indices = new_matrices(x, num_tokens, k, scores_dtype, torch.int32)
-    (few if num_tokens <= most_few else many)(
-        num_tokens, x, y, scores, indices, *strides_x, *strides_y, num_tokens
-    )  # fmt: skip
+    (few if num_tokens <= most_few else many)(x, y, scores, indices, *strides_x, *strides_y, num_tokens)
     return scores, indices
 
 
 def _first_call(problem, x, y, k, scores_dtype):
     """A call that compiles what it needs, and has compiled meanwhile what another number of tokens will need."""
     plan = _plan_for(x, y, k, scores_dtype)
-    if plan.kernel is None or interpreting() or not on_nvidia(x.device):
+    if plan.kernel is None or not on_nvidia(x.device):
         return run(plan, x, y)
     num_tokens, device, most_few, other = len(x), x.get_device(), -1, plan
     if plan.kernel is lanes.lanes_kernel:
@@ -109,5 +107,5 @@ def run(plan, x, y):
     scores = torch.empty((num_tokens, plan.k), dtype=output_dtype(plan.scores_dtype), device=x.device)
     indices = torch.empty((num_tokens, plan.k), dtype=torch.int32, device=x.device)
     with device_of(x):
-        launch(plan, num_tokens, x, y, scores, indices, *x.stride(), *y.stride(), num_tokens)
+        launch(plan, x, y, scores, indices, *x.stride(), *y.stride(), num_tokens)
     return scores.to(plan.scores_dtype), indices

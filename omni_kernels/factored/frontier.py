@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..configs import compares_doubles, interpreting, on_nvidia
+from ..configs import compares_doubles, on_nvidia
 from .keys import lowest, pack, pack_wide, unpack, unpack_wide
 from .networks import is_less, merge_best, sort
 from .pairs import fill_masked
@@ -109,7 +109,7 @@ class FrontierPlan(Plan):
 
 
 @triton.jit
-def _merge_lists(heads, target, shared_target, writes, PLAN: tl.constexpr):
+def _merge_lists(heads, target, shared_target, writes, PLAN):
     """Write the best keys of sorted lists, to private and to shared memory.
 
     heads: where each list starts in private memory; each ends with the lowest key.
@@ -135,31 +135,31 @@ def _merge_lists(heads, target, shared_target, writes, PLAN: tl.constexpr):
 
 
 @triton.jit
-def _sorted_piece(row_ptrs, stride_n, wanted, PLAN: tl.constexpr):
+def _sorted_piece(row_ptrs, stride_n, wanted, PLAN):
     """The keys of a piece of columns from `wanted` on, descending."""
     start = tl.minimum(wanted, PLAN.num_expert_sqrt - PLAN.piece)
     return sorted_group(row_ptrs, stride_n, start, wanted - start, PLAN.piece, PLAN.piece, PLAN)
 
 
 @triton.jit
-def _load(address, PLAN: tl.constexpr):
+def _load(address, PLAN):
     """The value and the index of a key in shared memory."""
     return unpack(load_shared(address, 8 * PLAN.key_bytes), PLAN.element_ty, PLAN)
 
 
 @triton.jit
-def _pair(fixed_list, moving_list, fixed, moving, odd, PLAN: tl.constexpr):
+def _pair(fixed_list, moving_list, fixed, moving, odd, PLAN):
     """The key of a pair. A rank is given as 255 - rank, as keys have it: that in x is `fixed`, or if odd `moving`."""
-    KEY: tl.constexpr = PLAN.element_ty
     fixed_key = load_shared(fixed_list + (255 - fixed) * PLAN.step, 8 * PLAN.key_bytes)
     moving_key = load_shared(moving_list + (255 - moving) * PLAN.step, 8 * PLAN.key_bytes)
-    row = unpack(tl.where(odd, moving_key, fixed_key), KEY, PLAN)[1]
+    row = unpack(tl.where(odd, moving_key, fixed_key), PLAN.element_ty, PLAN)[1]
     low = ((0xFFFF - row) << 16) | tl.where(odd, (fixed << 8) | moving, (moving << 8) | fixed)
-    return pack_wide(unpack(fixed_key, KEY, PLAN)[0] + unpack(moving_key, KEY, PLAN)[0], low, PLAN)
+    fixed_value, moving_value = unpack(fixed_key, PLAN.element_ty, PLAN)[0], unpack(moving_key, PLAN.element_ty, PLAN)[0]
+    return pack_wide(fixed_value + moving_value, low, PLAN)
 
 
 @triton.jit
-def _taken(pair, x_list, y_list, PLAN: tl.constexpr):
+def _taken(pair, x_list, y_list, PLAN):
     """The sum, the row and the column of a pair that was taken, of which `pair` is where its ranks are."""
     ranks = 0xFFFF - load_shared(pair, 16)
     value_x, row = _load(x_list + (ranks & 255) * PLAN.step, PLAN)
@@ -168,7 +168,7 @@ def _taken(pair, x_list, y_list, PLAN: tl.constexpr):
 
 
 @triton.jit
-def _replace_best(keys, key, PLAN: tl.constexpr):
+def _replace_best(keys, key, PLAN):
     """Put a key in the place of the first of a descending tuple, and the tuple in order again."""
     if len(keys) == 1:
         return (key,)
@@ -183,7 +183,7 @@ def _replace_best(keys, key, PLAN: tl.constexpr):
 
 
 @triton.jit
-def _take_by_rows(pairs, x_list, PLAN: tl.constexpr):
+def _take_by_rows(pairs, x_list, PLAN):
     """The ranks of a token's k best pairs, taken by all lanes of the warp, each from every 32nd row of x."""
     RANKS: tl.constexpr = PLAN.ranks
     y_list = x_list + PLAN.key_bytes
@@ -208,7 +208,7 @@ def _take_by_rows(pairs, x_list, PLAN: tl.constexpr):
 
 
 @triton.jit
-def _spread(values_list, PLAN: tl.constexpr):
+def _spread(values_list, PLAN):
     """The largest magnitude in a descending list that is not infinite; and how much more the other factor's must not
     be, or two sums of one column might round to the same.
 
@@ -235,13 +235,11 @@ def frontier_kernel(
 ):  # fmt: skip
     K: tl.constexpr = PLAN.k
     RANKS: tl.constexpr = PLAN.ranks
-    TOKENS: tl.constexpr = PLAN.tokens
-    KEY: tl.constexpr = PLAN.element_ty
     KEY_BYTES: tl.constexpr = PLAN.key_bytes
     # Where the lists of 16 tokens would not fit, a warp routes fewer, and its other lanes do as the first ones do.
-    lane = tl.arange(0, 32) % (2 * TOKENS)
-    writes = tl.arange(0, 32) < 2 * TOKENS
-    first_token = tl.program_id(0).to(tl.int64) * TOKENS
+    lane = tl.arange(0, 32) % (2 * PLAN.tokens)
+    writes = tl.arange(0, 32) < 2 * PLAN.tokens
+    first_token = tl.program_id(0).to(tl.int64) * PLAN.tokens
     tokens = first_token + lane // 2
     odd = lane % 2 == 1
     x_ptrs, y_ptrs, row_ptrs, stride_n = rows_of_lanes(
@@ -249,13 +247,13 @@ def frontier_kernel(
     )  # fmt: skip
 
     out = allocate_rows(lane, PLAN.shared_bytes)
-    lists = out + TOKENS * PLAN.pair_pitch
+    lists = out + PLAN.tokens * PLAN.pair_pitch
     own_list, other_list = lists + lane * KEY_BYTES, lists + (lane ^ 1) * KEY_BYTES
     # Past the end of a list everything is -inf.
-    end = pack(tl.full((32,), float("-inf"), tl.float32), lane * 0, KEY, PLAN)
+    end = pack(tl.full((32,), float("-inf"), tl.float32), lane * 0, PLAN.element_ty, PLAN)
     store_shared(own_list + RANKS * PLAN.step, end, KEY_BYTES * 8, writes)
 
-    least = lowest(lane.to(tl.int64) if KEY == tl.float32 else lane, PLAN)
+    least = lowest(lane.to(tl.int64) if PLAN.element_ty == tl.float32 else lane, PLAN)
     if PLAN.in_registers:
         top = lowest_keys(least, RANKS, PLAN)
         for piece in tl.range((PLAN.num_expert_sqrt + PLAN.piece - 1) // PLAN.piece):
@@ -299,7 +297,7 @@ def frontier_kernel(
     if tl.max(poisoned.to(tl.int32), 0) != 0:
         for place in tl.range(RANKS):
             value, index = _load(own_list + place * PLAN.step, PLAN)
-            nan_key = pack(value + float("nan"), index, KEY, PLAN)
+            nan_key = pack(value + float("nan"), index, PLAN.element_ty, PLAN)
             sync_warp(lane)  # after the others' loads
             store_shared(own_list + place * PLAN.step, nan_key, KEY_BYTES * 8, writes & poisoned)
         sync_warp(lane)
@@ -309,7 +307,6 @@ def frontier_kernel(
     by_rows = (~(exact & (first_x + first_y < float("inf")))).to(tl.int32)
 
     pairs = out + lane // 2 * PLAN.pair_pitch
-    LAST: tl.constexpr = 255 - min(RANKS, 255)  # where a row ends, in the form of a key's ranks
     heads = ()
     SIDE: tl.constexpr = PLAN.side
     for a in tl.static_range(SIDE):
@@ -323,15 +320,16 @@ def frontier_kernel(
         store_shared(pairs + slot * 2, popped, 16, writes & ~odd)
         ranks = unpack_wide(heads[0], PLAN)[1]
         fixed, moving = (ranks >> tl.where(odd, 8, 0)) & 255, (ranks >> tl.where(odd, 0, 8)) & 255
-        following = _pair(own_list, other_list, fixed, tl.maximum(moving - 1, LAST), odd, PLAN)
+        moving = tl.maximum(moving - 1, 255 - min(PLAN.ranks, 255))  # up to where a row ends, in the form of a key's ranks
+        following = _pair(own_list, other_list, fixed, moving, odd, PLAN)
         heads = _replace_best(heads, tl.where(wins, following, heads[0]), PLAN)
     sync_warp(lane)
-    for token in tl.range(TOKENS * tl.max(by_rows, 0)):
+    for token in tl.range(PLAN.tokens * tl.max(by_rows, 0)):
         if tl.max(tl.where(lane // 2 == token, by_rows, 0), 0) != 0:
             _take_by_rows(out + token * PLAN.pair_pitch, lists + token * 2 * KEY_BYTES, PLAN)
     sync_warp(lane)
 
-    for token in tl.range(TOKENS):
+    for token in tl.range(PLAN.tokens):
         for start in tl.static_range(0, K, 32):
             slots = start + tl.arange(0, 32)
             pair = out + token * PLAN.pair_pitch + tl.minimum(slots, K - 1) * 2
@@ -379,4 +377,4 @@ def plan_of(num_expert_sqrt, k, dtype, scores_dtype, alignment, doubles):
 
 def runs_on(device, _num_expert_sqrt, num_experts_per_token):
     """Whether this kernel takes the size, and the device: NVIDIA GPUs from Ampere on."""
-    return num_experts_per_token <= MAX_EXPERTS_PER_TOKEN and not interpreting() and on_nvidia(device)
+    return num_experts_per_token <= MAX_EXPERTS_PER_TOKEN and on_nvidia(device)

@@ -15,7 +15,7 @@ LOWEST_KEY = tl.constexpr(-(1 << 63))  # below every packed key: what padding so
 
 
 @triton.jit
-def float_to_key(value, PLAN: tl.constexpr = None):
+def float_to_key(value, PLAN=None):
     """fp32 -> int32 of the same order; -0.0 ties with 0.0, and NaN, whatever its sign, comes above +inf.
 
     An NVIDIA addition turns every NaN into 0x7FFFFFFF, which is already the key it needs. There it is written in PTX,
@@ -50,7 +50,7 @@ def index_bits(KEY):
 
 
 @triton.jit
-def pack(value, index, KEY: tl.constexpr = tl.float32, PLAN: tl.constexpr = None):
+def pack(value, index, KEY=tl.float32, PLAN=None):
     """(fp32, int32 >= 0) -> a key whose order is value first, then the lower index.
 
     KEY says which: with tl.float32 an int64 key, for any value and index; with tl.bfloat16 or tl.float16 an int32 key,
@@ -69,7 +69,7 @@ def pack(value, index, KEY: tl.constexpr = tl.float32, PLAN: tl.constexpr = None
 
 
 @triton.jit
-def pack_tuple(values, index, KEY: tl.constexpr, PLAN: tl.constexpr):
+def pack_tuple(values, index, KEY, PLAN):
     """The keys of a tuple of values whose indices count up from `index`."""
     if PLAN.ptx and KEY != tl.float32:
         COUNT: tl.constexpr = len(values)
@@ -100,7 +100,7 @@ def _packing(count, KEY):
 
 
 @triton.jit
-def unpack(key, KEY: tl.constexpr = tl.float32, PLAN: tl.constexpr = None):
+def unpack(key, KEY=tl.float32, PLAN=None):
     """The inverse of `pack`."""
     MASK: tl.constexpr = (1 << index_bits(KEY)) - 1
     if KEY == tl.float32:
@@ -116,7 +116,7 @@ def unpack(key, KEY: tl.constexpr = tl.float32, PLAN: tl.constexpr = None):
 
 
 @triton.jit
-def pack_wide(value, low, PLAN: tl.constexpr):
+def pack_wide(value, low, PLAN):
     """An fp32 value above 32 bits, without a sign, that order equals, as one int64 key.
 
     Where the plan says doubles, the keys order as such. The value's pattern is a double's high word, which orders by
@@ -139,7 +139,7 @@ def pack_wide(value, low, PLAN: tl.constexpr):
 
 
 @triton.jit
-def unpack_wide(key, PLAN: tl.constexpr):
+def unpack_wide(key, PLAN):
     """The inverse of `pack_wide`."""
     if PLAN is not None and PLAN.doubles and PLAN.itemsize == 4:
         return tl.inline_asm_elementwise(
@@ -154,7 +154,7 @@ def unpack_wide(key, PLAN: tl.constexpr):
 
 
 @triton.jit
-def lowest(like, PLAN: tl.constexpr):
+def lowest(like, PLAN):
     """A key below all others, of the type of `like`."""
     if like.dtype == tl.int32:
         return tl.full(like.shape, -(1 << 31) + (1 << 16), tl.int32)  # stays lowest when shifted

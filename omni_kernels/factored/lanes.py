@@ -165,7 +165,7 @@ class LanesPlan(Plan):
 
 @triton.jit
 def _copy_tile(buffer, segment, x_ptr, y_ptr, stride_xn, stride_yn, first_token, num_tokens, column, wanted,
-               PLAN: tl.constexpr):  # fmt: skip
+               PLAN):  # fmt: skip
     """Start copying the tile of every lane's segment that begins at a column of it, if wanted."""
     wanted = wanted.to(tl.int32)
     if PLAN.transposed:
@@ -247,15 +247,14 @@ def lanes_kernel(
             both = best + partners(best, 1 << level, PLAN)
             best = merge_best(both, len(best), min(RANKS, len(both)), PLAN, one)
     # Each lane looks at one of the two ways they may meet; its NaN reaches the other lane with its values.
-    KEY: tl.constexpr = PLAN.element_ty
-    first, last = unpack(best[0], KEY, PLAN)[0], unpack(best[RANKS - 1], KEY, PLAN)[0]
+    first, last = unpack(best[0], PLAN.element_ty, PLAN)[0], unpack(best[RANKS - 1], PLAN.element_ty, PLAN)[0]
     widest = first + partner(last, 1, PLAN)
     poison = tl.where(widest == widest, 0.0, float("nan"))
     columns = lane
     if PLAN.short_pairs:
         columns = buffer + (lane | 1) * PLAN.pitch
         for rank in tl.static_range(RANKS):
-            column = unpack(best[rank], KEY, PLAN)[1]
+            column = unpack(best[rank], PLAN.element_ty, PLAN)[1]
             store_shared(buffer + lane * PLAN.pitch + rank * 4, column, 32, lane >= 0)
         sync_warp(lane)
     scores, indices, lost = select_pairs(best, poison, odd, columns, PLAN.short_pairs, PLAN, one)

@@ -143,7 +143,7 @@ def _registers(key, count, of=""):
 
 
 @triton.jit
-def _run(keys, KIND: tl.constexpr, FIRST: tl.constexpr, K: tl.constexpr, PLAN: tl.constexpr, one):
+def _run(keys, KIND, FIRST, K, PLAN, one):
     """The K best keys of a tuple, as a network of that kind leaves them; all if there are no more."""
     # `one` is None or the operand of ones, where the smaller keys come from a sum.
     COUNT: tl.constexpr = len(keys)
@@ -166,7 +166,7 @@ def _run(keys, KIND: tl.constexpr, FIRST: tl.constexpr, K: tl.constexpr, PLAN: t
 
 
 @triton.jit
-def is_less(a, b, PLAN: tl.constexpr):
+def is_less(a, b, PLAN):
     """Whether key a comes after key b; int64 keys are ordered as doubles where the plan says so."""
     if PLAN.doubles and a.dtype == tl.int64:
         return a.to(tl.float64, bitcast=True) < b.to(tl.float64, bitcast=True)
@@ -175,7 +175,7 @@ def is_less(a, b, PLAN: tl.constexpr):
 
 
 @triton.jit
-def is_turned(keys, PLAN: tl.constexpr):
+def is_turned(keys, PLAN):
     """1 where a key of a tuple comes after the one behind it, else 0."""
     if PLAN.ptx:
         KEY: tl.constexpr = _key_type(keys[0].dtype, PLAN)
@@ -190,32 +190,32 @@ def is_turned(keys, PLAN: tl.constexpr):
 
 
 @triton.jit
-def sort(keys, K: tl.constexpr, PLAN: tl.constexpr, one=None):
+def sort(keys, K, PLAN, one=None):
     """The K best of a tuple, descending."""
     return _run(keys, "sort", 0, K, PLAN, one)
 
 
 @triton.jit
-def merge(keys, FIRST: tl.constexpr, K: tl.constexpr, PLAN: tl.constexpr, one=None):
+def merge(keys, FIRST, K, PLAN, one=None):
     """The K best of two descending tuples, one of FIRST keys and what is behind it, descending."""
     return _run(keys, "merge", FIRST, K, PLAN, one)
 
 
 @triton.jit
-def best_of(keys, FIRST: tl.constexpr, PLAN: tl.constexpr, one=None):
+def best_of(keys, FIRST, PLAN, one=None):
     """The FIRST best of two descending tuples, one of FIRST keys and one of no more behind it, in no order but ready
     for `bitonic`."""
     return _run(keys, "best of", FIRST, FIRST, PLAN, one)
 
 
 @triton.jit
-def bitonic(keys, PLAN: tl.constexpr, one=None):
+def bitonic(keys, PLAN, one=None):
     """Sort, descending, a tuple that rises and then falls, or starts anywhere on such a circle; of a power of two."""
     return _run(keys, "bitonic", 0, len(keys), PLAN, one)
 
 
 @triton.jit
-def merge_best(keys, FIRST: tl.constexpr, K: tl.constexpr, PLAN: tl.constexpr, one=None):
+def merge_best(keys, FIRST, K, PLAN, one=None):
     """As `merge`, of tuples of which the one behind is no longer; of K comparators a step where K allows."""
     if K == FIRST and K & (K - 1) == 0:
         return bitonic(best_of(keys, FIRST, PLAN, one), PLAN, one)
@@ -224,6 +224,6 @@ def merge_best(keys, FIRST: tl.constexpr, K: tl.constexpr, PLAN: tl.constexpr, o
 
 
 @triton.jit
-def settle(keys, PLAN: tl.constexpr):
+def settle(keys, PLAN):
     """Two steps of an odd-even transposition sort."""
     return _run(keys, "settle", 0, len(keys), PLAN, None)

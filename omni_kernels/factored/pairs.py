@@ -22,7 +22,7 @@ def first_pair(rank, plan):
 
 
 @triton.jit
-def _half_staircase(values, ids, other_values, other_ids, odd, ID_BITS: tl.constexpr, PLAN: tl.constexpr, one):
+def _half_staircase(values, ids, other_values, other_ids, odd, ID_BITS, PLAN, one):
     """The keys of the best pairs in this lane's half of the staircase, descending, at most k.
 
     Row a of it pairs the lane's rank a with the other factor's ranks from a on. The pairs of equal ranks are the even
@@ -71,7 +71,7 @@ def _half_staircase(values, ids, other_values, other_ids, odd, ID_BITS: tl.const
 
 
 @triton.jit
-def _settle_rows(keys, PLAN: tl.constexpr):
+def _settle_rows(keys, PLAN):
     """`settle` for every row of a lane's half of the staircase."""
     SIDE: tl.constexpr = PLAN.side
     settled = ()
@@ -81,7 +81,7 @@ def _settle_rows(keys, PLAN: tl.constexpr):
 
 
 @triton.jit
-def select_pairs(best, poison, odd, columns, SHORT: tl.constexpr, PLAN: tl.constexpr, one):
+def select_pairs(best, poison, odd, columns, SHORT, PLAN, one):
     """Scores and indices of the k best pairs, of which each lane may get half, and whether SHORT keys failed.
 
     A key holds the sum above the row above the rank of the column, each so that the lower one wins among equals. Wide
@@ -89,11 +89,10 @@ def select_pairs(best, poison, odd, columns, SHORT: tl.constexpr, PLAN: tl.const
     """
     K: tl.constexpr = PLAN.k
     RANKS: tl.constexpr = PLAN.ranks
-    ROW_BITS: tl.constexpr = PLAN.row_bits
     RANK_BITS: tl.constexpr = bit_length(RANKS - 1)
-    ROW_AT: tl.constexpr = RANK_BITS if SHORT else 31 - ROW_BITS
-    RANK_AT: tl.constexpr = 0 if SHORT else ROW_BITS
-    ROW_MASK: tl.constexpr = (1 << (bit_length(PLAN.num_expert_sqrt - 1) if SHORT else ROW_BITS)) - 1
+    ROW_AT: tl.constexpr = RANK_BITS if SHORT else 31 - PLAN.row_bits
+    RANK_AT: tl.constexpr = 0 if SHORT else PLAN.row_bits
+    ROW_MASK: tl.constexpr = (1 << (bit_length(PLAN.num_expert_sqrt - 1) if SHORT else PLAN.row_bits)) - 1
     # The even lane, of x, gives the row and the odd lane the rest: an index times a factor plus an offset, which takes
     # multiply-adds, while other integer instructions wait for each other.
     factor = tl.where(odd, 0 if SHORT else 1, -(1 << ROW_AT))
@@ -134,7 +133,7 @@ def select_pairs(best, poison, odd, columns, SHORT: tl.constexpr, PLAN: tl.const
 
 
 @triton.jit
-def fill_masked(x_ptrs, y_ptrs, out_ptrs, stride_xn, stride_yn, num_finite, fill, PLAN: tl.constexpr):
+def fill_masked(x_ptrs, y_ptrs, out_ptrs, stride_xn, stride_yn, num_finite, fill, PLAN):
     """Replace the selected -inf pairs, best only by score, by those of lowest index.
 
     Among -inf pairs only the index counts, which the staircase does not know. Where one of them is selected, fewer than

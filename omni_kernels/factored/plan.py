@@ -3,6 +3,7 @@
 A plan holds everything about a launch: the kernel, its tiles and warps, how it reads rows and orders keys, the grid.
 The rules in a kernel's file decide it for a problem: N, k, dtypes, layout, device, few or many tokens. The kernel and
 its helpers read it as one constant, PLAN. All kernels of this folder have plans, and so has the gradient (backward.py).
+A helper's arguments in capitals are constants, too: Triton passes a constant on as one, whatever a helper says.
 
 A `Launch` is a plan whose kernel is compiled. Launching it again skips what Triton does for every call: binding the
 arguments, looking at each of them, looking up the binary.
@@ -90,9 +91,9 @@ def count(number, noun):
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def launch(plan, num_tokens, *args):
-    """Launches the kernel of a plan as Triton does it: on any device, with any arguments."""
-    plan.kernel[(plan.grid(num_tokens),)](*args, PLAN=plan, num_warps=plan.num_warps, **OPTIONS)
+def launch(plan, *args):
+    """Launches the kernel of a plan as Triton does it, on any device. The last argument is the number of tokens."""
+    plan.kernel[(plan.grid(args[-1]),)](*args, PLAN=plan, num_warps=plan.num_warps, **OPTIONS)
 
 
 def new_matrices(like, num_rows, num_columns, first, second):
@@ -117,7 +118,7 @@ class Launches(dict):
 class Launch:
     """The launches of a plan's kernel on one NVIDIA GPU, with arguments that Triton compiles the same binary for.
 
-    Those are four tensors of the same dtypes and alignment to 16 bytes, and the same numbers but for the number of
+    Those are four tensors of the same dtypes and alignment to 16 bytes, and the same numbers but for the last, that of
     tokens. The caller sees to it.
     """
 
@@ -129,16 +130,16 @@ class Launch:
         self._tokens, self._tokens_have = plan.tokens, plan.grid(1)  # of a program, and the programs that share them
         self._hooks = getattr(plan.kernel, "pre_run_hooks", ())  # the kernel's own list, to which anybody may add
 
-    def __call__(self, num_tokens, a, b, c, d, *numbers):
+    def __call__(self, a, b, c, d, *numbers):
         """Launches on the current stream of the GPU, whichever GPU is the current one."""
         if torch._C._cuda_getDevice() != self.device:
             with torch.cuda.device(self.device):
-                return self(num_tokens, a, b, c, d, *numbers)
+                return self(a, b, c, d, *numbers)
         runtime = triton.knobs.runtime
         asks = runtime.debug or runtime.add_stages_inspection_hook or triton.knobs.compilation.instrumentation_mode
         if asks or self._hooks or not (self._run or self._load(a, b, c, d, *numbers)):
-            return launch(self.plan, num_tokens, a, b, c, d, *numbers)  # somebody wants another binary, or to see
-        grid = -(-num_tokens // self._tokens) * self._tokens_have
+            return launch(self.plan, a, b, c, d, *numbers)  # somebody wants another binary, or to see
+        grid = -(-numbers[-1] // self._tokens) * self._tokens_have
         stream = torch._C._cuda_getCurrentRawStream(self.device)
         # Of a tensor Triton's launcher would ask the driver whether the GPU can read it.
         args = a.data_ptr(), b.data_ptr(), c.data_ptr(), d.data_ptr(), *numbers, self.plan

@@ -33,7 +33,7 @@ def register(bits):
 
 
 @triton.jit
-def allocate_rows(like, BYTES: tl.constexpr):
+def allocate_rows(like, BYTES):
     """Shared memory for this program: its address, in every thread of `like`.
 
     The factor, 1 in a way that is not known beforehand, keeps the address out of the registers that the lanes of a warp
@@ -55,7 +55,7 @@ def allocate_rows(like, BYTES: tl.constexpr):
 
 
 @triton.jit
-def copy_rows(buffer, address, wanted, PLAN: tl.constexpr):
+def copy_rows(buffer, address, wanted, PLAN):
     """Start copying the tile at every lane's global address into shared memory, a vector at a time.
 
     buffer: the program's shared memory, where thread i finds its bytes at i * PLAN.pitch. wanted: whether to copy at
@@ -122,7 +122,7 @@ def _divide(quotient, number, divisor):
 
 
 @triton.jit
-def _policy(like, PLAN: tl.constexpr):
+def _policy(like, PLAN):
     """What a copy tells L2 of the importance of what it reads."""
     PRIORITY: tl.constexpr = PLAN.priority
     return tl.inline_asm_elementwise(
@@ -131,7 +131,7 @@ def _policy(like, PLAN: tl.constexpr):
 
 
 @triton.jit
-def _copy_vector(target, source, wanted, policy, VECTOR: tl.constexpr):
+def _copy_vector(target, source, wanted, policy, VECTOR):
     """Start copying VECTOR bytes (4, 8 or 16) to shared memory, if wanted."""
     MODE: tl.constexpr = "cg" if VECTOR == 16 else "ca"
     tl.inline_asm_elementwise(
@@ -152,7 +152,7 @@ def _commit(like):
 
 
 @triton.jit
-def wait_for_rows(part, PARTS: tl.constexpr):
+def wait_for_rows(part, PARTS):
     """Wait until the parts up to `part`, counted from 0, of what this warp copied last have arrived."""
     WAITS: tl.constexpr = _waits(PARTS)
     tl.inline_asm_elementwise(
@@ -176,7 +176,7 @@ def transpose_halves(a, b):
 
 
 @triton.jit
-def copy_columns(buffer, x_ptr, y_ptr, stride_x, stride_y, token, num_tokens, first, wanted, PLAN: tl.constexpr):
+def copy_columns(buffer, x_ptr, y_ptr, stride_x, stride_y, token, num_tokens, first, wanted, PLAN):
     """Start copying the tile of columns from `first` on of transposed logits, where those of a column lie side by side.
 
     The 16 tokens of a warp are less of a column than a cache line has, and four reads of 32 bytes take longer than one
@@ -209,14 +209,13 @@ def copy_columns(buffer, x_ptr, y_ptr, stride_x, stride_y, token, num_tokens, fi
 
 
 @triton.jit
-def turn_columns(buffer, first, COLUMNS: tl.constexpr, PLAN: tl.constexpr):
+def turn_columns(buffer, first, COLUMNS, PLAN):
     """Make rows of the COLUMNS from `first` on that `copy_columns` has copied, in multiples of 128 bytes of a row.
 
     Every warp of the program has waited for what it copied of them itself.
     """
     SIDE: tl.constexpr = 16 // PLAN.itemsize
     THREADS: tl.constexpr = buffer.shape[0]
-    VECTORS: tl.constexpr = THREADS // (2 * SIDE)
     thread = tl.arange(0, THREADS)
     tokens, factor, square = thread // (2 * SIDE), thread // SIDE % 2, thread % SIDE
     rows = buffer + (2 * tokens * SIDE + factor) * PLAN.pitch + first * PLAN.itemsize
@@ -225,7 +224,7 @@ def turn_columns(buffer, first, COLUMNS: tl.constexpr, PLAN: tl.constexpr):
         columns = ()
         for more in tl.static_range(0, 8, SIDE):
             for i in tl.static_range(SIDE):
-                vector = (i * 2 + factor) * VECTORS + tokens
+                vector = (i * 2 + factor) * (THREADS // (2 * SIDE)) + tokens
                 row = (square + more) * (THREADS // 8) + vector // 8
                 place = buffer + first * PLAN.itemsize + row * PLAN.pitch + (vector ^ (square + more)) % 8 * 16
                 columns = columns + (load_words(place + start, 4),)
@@ -258,7 +257,7 @@ def store_words(address, words):
 
 
 @triton.jit
-def load_words(address, WORDS: tl.constexpr):
+def load_words(address, WORDS):
     """A tuple of the WORDS (1, 2 or 4) 32-bit words at an address, in one instruction.
 
     address: int32, in shared memory, or int64, in global memory.
@@ -283,7 +282,7 @@ def _vector(numbers):
 
 
 @triton.jit
-def partner(value, distance, PLAN: tl.constexpr):
+def partner(value, distance, PLAN):
     """What the lane whose number differs in the bit `distance` holds: int32, fp32 or int64."""
     if not PLAN.ptx:
         return tl.gather(value, tl.arange(0, value.shape[0]) ^ distance, 0)
@@ -307,7 +306,7 @@ def partner(value, distance, PLAN: tl.constexpr):
 
 
 @triton.jit
-def partners(values, distance, PLAN: tl.constexpr):
+def partners(values, distance, PLAN):
     """`partner` of each of a tuple."""
     found = ()
     for i in tl.static_range(len(values)):
@@ -316,21 +315,20 @@ def partners(values, distance, PLAN: tl.constexpr):
 
 
 @triton.jit
-def load_value(ptrs, PLAN: tl.constexpr):
+def load_value(ptrs, PLAN):
     """One logit from anywhere in global memory, as fp32."""
-    DTYPE: tl.constexpr = ptrs.dtype.element_ty
-    if PLAN.ptx and DTYPE == tl.float32:
+    if PLAN.ptx and ptrs.dtype.element_ty == tl.float32:
         bits = tl.inline_asm_elementwise("ld.global.b32 $0, [$1];", "=r,l", [ptrs.to(tl.int64)], tl.int32, False, 1)
         return bits.to(tl.float32, bitcast=True)
     elif PLAN.ptx:
         bits = tl.inline_asm_elementwise("ld.global.b16 $0, [$1];", "=h,l", [ptrs.to(tl.int64)], tl.int16, False, 1)
-        return bits.to(DTYPE, bitcast=True).to(tl.float32)
+        return bits.to(ptrs.dtype.element_ty, bitcast=True).to(tl.float32)
     else:
         return tl.load(ptrs).to(tl.float32)
 
 
 @triton.jit
-def unpack_word(word, DTYPE: tl.constexpr):
+def unpack_word(word, DTYPE):
     """A 32-bit word -> the fp32 values of the one or two logits in it."""
     if DTYPE == tl.float32:
         return (word.to(tl.float32, bitcast=True),)
@@ -360,7 +358,7 @@ def _pack_words(values):
 
 
 @triton.jit
-def store_row(ptrs, values, mask, PLAN: tl.constexpr):
+def store_row(ptrs, values, mask, PLAN):
     """Store a tuple of values, each already in its dtype, as a contiguous row at each pointer."""
     if PLAN.ptx:
         words = _pack_words(values)
@@ -390,7 +388,7 @@ def _stores(count, bits):
 
 
 @triton.jit
-def load_shared(address, BITS: tl.constexpr):
+def load_shared(address, BITS):
     """A number of 16, 32 or 64 bits from shared memory: an int64, or an int32 with zeros above."""
     return tl.inline_asm_elementwise(
         f"ld.shared.u{BITS} $0, [$1];", "=" + register(max(BITS, 32)) + ",r", [address],
@@ -399,7 +397,7 @@ def load_shared(address, BITS: tl.constexpr):
 
 
 @triton.jit
-def store_shared(address, value, BITS: tl.constexpr, mask):
+def store_shared(address, value, BITS, mask):
     """The low BITS (16, 32 or 64) bits of an int32 or int64, to shared memory."""
     tl.inline_asm_elementwise(
         f"{{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.shared.b{BITS} [$1], $2; mov.u32 $0, 0; }}",
@@ -408,7 +406,7 @@ def store_shared(address, value, BITS: tl.constexpr, mask):
 
 
 @triton.jit
-def allocate_private(like, BYTES: tl.constexpr):
+def allocate_private(like, BYTES):
     """Memory of each lane's own: its address, in int64."""
     return tl.inline_asm_elementwise(
         f"{{ .local .align 8 .b8 private[{BYTES}]; mov.u64 $0, private; }}", "=l,r", [like], tl.int64, False, 1
@@ -416,7 +414,7 @@ def allocate_private(like, BYTES: tl.constexpr):
 
 
 @triton.jit
-def load_private(address, BITS: tl.constexpr):
+def load_private(address, BITS):
     """An int32 or int64 from a lane's own memory."""
     return tl.inline_asm_elementwise(
         f"ld.local.b{BITS} $0, [$1];", "=" + register(BITS) + ",l", [address], tl.int64 if BITS == 64 else tl.int32,

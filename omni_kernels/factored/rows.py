@@ -44,7 +44,7 @@ def rows_of_lanes(x_ptr, y_ptr, stride_xm, stride_xn, stride_ym, stride_yn, toke
 
 
 @triton.jit
-def _larger_halves(a, b, DTYPE: tl.constexpr):
+def _larger_halves(a, b, DTYPE):
     """The two 16-bit maxima of two words, in one instruction; NaN wins."""
     if DTYPE == tl.bfloat16:
         return tl.inline_asm_elementwise("max.NaN.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, True, 1)
@@ -63,7 +63,7 @@ def _maximum(values):
 
 
 @triton.jit
-def _keys_of_maxima(row, first_chunk, CHUNKS: tl.constexpr, PLAN: tl.constexpr):
+def _keys_of_maxima(row, first_chunk, CHUNKS, PLAN):
     """The keys (maximum, chunk) of CHUNKS chunks, of which `first_chunk` is at `row`."""
     DTYPE: tl.constexpr = PLAN.element_ty
     PER_WORD: tl.constexpr = 4 // PLAN.itemsize
@@ -105,7 +105,7 @@ def _reversed_columns(like, column):
 
 
 @triton.jit
-def _keys_of_word(word, reversed_columns, DTYPE: tl.constexpr):
+def _keys_of_word(word, reversed_columns, DTYPE):
     """The keys of the two 16-bit logits in a word; both arguments hold two halves, the lower column in the lower.
 
     `pack` two at a time: the product turns -0.0 into 0.0 and every NaN into one, the first permutation spreads the
@@ -130,9 +130,8 @@ def _keys_of_word(word, reversed_columns, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def keys_of_columns(row, column, COUNT: tl.constexpr, VECTOR: tl.constexpr, KEY: tl.constexpr, PLAN: tl.constexpr):
+def keys_of_columns(row, column, COUNT, VECTOR, KEY, PLAN):
     """The keys of COUNT logits at an address, the first of which is in `column`, read VECTOR bytes at once."""
-    DTYPE: tl.constexpr = PLAN.element_ty
     words = ()
     for start in tl.static_range(0, COUNT * PLAN.itemsize, VECTOR):
         words = words + load_words(row + start, VECTOR // 4)
@@ -140,17 +139,17 @@ def keys_of_columns(row, column, COUNT: tl.constexpr, VECTOR: tl.constexpr, KEY:
     if PLAN.itemsize == 2:
         reversed_columns = _reversed_columns(row, column)
         for i in tl.static_range(len(words)):
-            keys = keys + _keys_of_word(words[i], reversed_columns - 0x20002 * i, DTYPE)
+            keys = keys + _keys_of_word(words[i], reversed_columns - 0x20002 * i, PLAN.element_ty)
     else:
         values = ()
         for i in tl.static_range(len(words)):
-            values = values + unpack_word(words[i], DTYPE)
+            values = values + unpack_word(words[i], PLAN.element_ty)
         keys = pack_tuple(values, column, KEY, PLAN)
     return keys
 
 
 @triton.jit
-def _keys_of_strided(row_ptrs, stride_n, start, COUNT: tl.constexpr, PLAN: tl.constexpr):
+def _keys_of_strided(row_ptrs, stride_n, start, COUNT, PLAN):
     """The keys of COUNT columns from `start` on, read one by one."""
     values = ()
     for i in tl.static_range(COUNT):
@@ -159,7 +158,7 @@ def _keys_of_strided(row_ptrs, stride_n, start, COUNT: tl.constexpr, PLAN: tl.co
 
 
 @triton.jit
-def _skip_first(keys, skip, PLAN: tl.constexpr):
+def _skip_first(keys, skip, PLAN):
     """The first `skip` keys become the lowest."""
     kept = ()
     for i in tl.static_range(len(keys)):
@@ -168,7 +167,7 @@ def _skip_first(keys, skip, PLAN: tl.constexpr):
 
 
 @triton.jit
-def shift(keys, column, PLAN: tl.constexpr):
+def shift(keys, column, PLAN):
     """The keys of a tile's columns -> those of the row's, `column` further right."""
     if PLAN.doubles and keys[0].dtype == tl.int64:
         COUNT: tl.constexpr = len(keys)
@@ -195,7 +194,7 @@ def _shifting(count):
 
 
 @triton.jit
-def lowest_keys(like, COUNT: tl.constexpr, PLAN: tl.constexpr):
+def lowest_keys(like, COUNT, PLAN):
     """A tuple of COUNT keys below all others."""
     keys = ()
     for _rank in tl.static_range(COUNT):
@@ -204,7 +203,7 @@ def lowest_keys(like, COUNT: tl.constexpr, PLAN: tl.constexpr):
 
 
 @triton.jit
-def best_of_groups(keys, K: tl.constexpr, PLAN: tl.constexpr, one):
+def best_of_groups(keys, K, PLAN, one):
     """The K best of a tuple, descending, a group at a time."""
     GROUP: tl.constexpr = PLAN.group
     best = ()
@@ -215,7 +214,7 @@ def best_of_groups(keys, K: tl.constexpr, PLAN: tl.constexpr, one):
 
 
 @triton.jit
-def candidates_of_tile(row, skip, PLAN: tl.constexpr, one):
+def candidates_of_tile(row, skip, PLAN, one):
     """Keys (value, column) of a tile among which its best are: all of it, or its best chunks.
 
     Also, where keys hold only the upper bits of values, whether these leave in doubt which chunks are the best.
@@ -246,20 +245,19 @@ def candidates_of_tile(row, skip, PLAN: tl.constexpr, one):
 
 
 @triton.jit
-def _keys_of_chunk(row, start, PLAN: tl.constexpr):
+def _keys_of_chunk(row, start, PLAN):
     """The keys of the columns of a chunk, of which `start` is the first."""
-    BYTES: tl.constexpr = PLAN.chunk * PLAN.itemsize
-    return keys_of_columns(row + start * PLAN.itemsize, start, PLAN.chunk, BYTES, PLAN.sort_key, PLAN)
+    row = row + start * PLAN.itemsize
+    return keys_of_columns(row, start, PLAN.chunk, PLAN.chunk * PLAN.itemsize, PLAN.sort_key, PLAN)
 
 
 @triton.jit
-def best_in_loops(row, buffer, PLAN: tl.constexpr, one):
+def best_in_loops(row, buffer, PLAN, one):
     """The keys (value, column) of the best of a tile's best chunks, descending.
 
     In loops over groups of keys. The first begins with a part of the row while the rest is on its way. Also whether it
     is in doubt which chunks are the best.
     """
-    K: tl.constexpr = PLAN.own
     CHUNKS: tl.constexpr = chunks_listed(PLAN)
     none = row & 0
     chunks = lowest_keys(none, CHUNKS + 1 if PLAN.short_keys else CHUNKS, PLAN)
@@ -271,7 +269,7 @@ def best_in_loops(row, buffer, PLAN: tl.constexpr, one):
         maxima = _keys_of_maxima(row + first * (PLAN.chunk * PLAN.itemsize), first, PLAN.group, PLAN)
         more = sort(maxima, len(chunks), PLAN, one)
         chunks = merge(chunks + more, len(chunks), len(chunks), PLAN, one)
-    doubt = ((chunks[K - 1] ^ chunks[CHUNKS]) >> PLAN.chunk_key == 0).to(tl.int32) if PLAN.short_keys else none
+    doubt = ((chunks[PLAN.own - 1] ^ chunks[CHUNKS]) >> PLAN.chunk_key == 0).to(tl.int32) if PLAN.short_keys else none
 
     BEHIND: tl.constexpr = PLAN.tile_n * PLAN.itemsize
     for i in tl.static_range(0, CHUNKS, 4):  # no loop can count through registers: their numbers go behind the tile
@@ -304,7 +302,7 @@ def _gcd(a, b):
 
 
 @triton.jit
-def exact_keys(best, row, doubt, PLAN: tl.constexpr):
+def exact_keys(best, row, doubt, PLAN):
     """The 64-bit keys of the best of a tile of fp32 logits, descending, from the 32-bit keys of two more, or of all.
 
     Those hold only the upper bits of a value. One more than is needed are sorted again by all bits: the best are among
@@ -337,7 +335,7 @@ def exact_keys(best, row, doubt, PLAN: tl.constexpr):
 
 
 @triton.jit
-def _sorted_top(row, PLAN: tl.constexpr):
+def _sorted_top(row, PLAN):
     """The 64-bit keys of the best of a tile of fp32 logits, in little code."""
     FEW: tl.constexpr = _gcd(PLAN.tile_n, PLAN.group if PLAN.group <= 16 else 8)
     best = lowest_keys(tl.zeros_like(row).to(tl.int64), PLAN.own, PLAN)
@@ -349,7 +347,7 @@ def _sorted_top(row, PLAN: tl.constexpr):
 
 
 @triton.jit
-def top_of_strided_segment(row_ptrs, stride_n, first_column, skip, PLAN: tl.constexpr):
+def top_of_strided_segment(row_ptrs, stride_n, first_column, skip, PLAN):
     """The keys (value, column) of the best columns of a segment, descending."""
     K: tl.constexpr = PLAN.own
     FIRST: tl.constexpr = min(PLAN.group, PLAN.segment)
@@ -366,15 +364,14 @@ def top_of_strided_segment(row_ptrs, stride_n, first_column, skip, PLAN: tl.cons
 
 
 @triton.jit
-def sorted_group(row_ptrs, stride_n, column, skip, COUNT: tl.constexpr, K: tl.constexpr, PLAN: tl.constexpr):
+def sorted_group(row_ptrs, stride_n, column, skip, COUNT, K, PLAN):
     """The keys of the K best of COUNT columns, descending, read in vectors or, where the plan has none, one by one.
 
     If segments or pieces do not divide the row, the first `skip` of them do not count.
     """
-    KEY: tl.constexpr = PLAN.element_ty
     if PLAN.vector > 0:
         row = row_ptrs.to(tl.int64) + column * PLAN.itemsize
-        keys = keys_of_columns(row, column, COUNT, PLAN.vector, KEY, PLAN)
+        keys = keys_of_columns(row, column, COUNT, PLAN.vector, PLAN.element_ty, PLAN)
     else:
         keys = _keys_of_strided(row_ptrs, stride_n, column, COUNT, PLAN)
     if PLAN.ragged:

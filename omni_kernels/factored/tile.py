@@ -52,19 +52,18 @@ class TilePlan(Plan):
 
 
 @triton.jit
-def _top_of_tile(row_ptrs, start, stride_n, num_columns, in_batch, PLAN: tl.constexpr):
+def _top_of_tile(row_ptrs, start, stride_n, num_columns, in_batch, PLAN):
     """The keys (value, column) of the tile_k best of a tile of each row, best first."""
-    KEY: tl.constexpr = PLAN.key
     columns = (start + tl.arange(0, PLAN.tile_n))[None, :]
     mask = in_batch[:, None] & (columns < num_columns)
     values = tl.load(row_ptrs + columns.to(tl.int64) * stride_n, mask=mask, other=0.0).to(tl.float32)
     # Padding keeps its column, below every value's key, so that no two keys are equal.
-    LOWEST: tl.constexpr = -(1 << 63) if KEY == tl.float32 else -(1 << 31)
-    INDEX_MASK: tl.constexpr = (1 << index_bits(KEY)) - 1
-    keys = pack(values, columns, KEY)
+    LOWEST: tl.constexpr = -(1 << 63) if PLAN.key == tl.float32 else -(1 << 31)
+    INDEX_MASK: tl.constexpr = (1 << index_bits(PLAN.key)) - 1
+    keys = pack(values, columns, PLAN.key)
     keys = tl.where(columns < num_columns, keys, tl.full((1, 1), LOWEST, keys.dtype) | (INDEX_MASK - columns))
     if PLAN.chunk > 1:
-        _, column = unpack(tl.topk(_maxima_of_chunks(keys, PLAN.chunk), PLAN.tile_k, dim=1), KEY)
+        _, column = unpack(tl.topk(_maxima_of_chunks(keys, PLAN.chunk), PLAN.tile_k, dim=1), PLAN.key)
         chunk = (column - start)[:, :, None] // PLAN.chunk
         place = chunk * PLAN.chunk + tl.arange(0, PLAN.chunk)[None, None, :]
         keys = tl.gather(keys, tl.reshape(place, (keys.shape[0], PLAN.tile_k * PLAN.chunk)), 1)
@@ -72,7 +71,7 @@ def _top_of_tile(row_ptrs, start, stride_n, num_columns, in_batch, PLAN: tl.cons
 
 
 @triton.jit
-def _top_of_rows(row_ptrs, stride_n, num_columns, in_batch, PLAN: tl.constexpr):
+def _top_of_rows(row_ptrs, stride_n, num_columns, in_batch, PLAN):
     """The tile_k best (value, column) of each row, best first."""
     best = _top_of_tile(row_ptrs, 0, stride_n, num_columns, in_batch, PLAN)
     if PLAN.num_expert_sqrt > PLAN.tile_n:
@@ -83,7 +82,7 @@ def _top_of_rows(row_ptrs, stride_n, num_columns, in_batch, PLAN: tl.constexpr):
 
 
 @triton.jit
-def _maxima_of_chunks(keys, CHUNK: tl.constexpr):
+def _maxima_of_chunks(keys, CHUNK):
     """[rows, columns] -> [rows, columns / CHUNK], by halves: Triton 3.6 fails on some reductions of a reshaped tile."""
     if CHUNK == 1:
         return keys
@@ -93,7 +92,7 @@ def _maxima_of_chunks(keys, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _staircase(PLAN: tl.constexpr):
+def _staircase(PLAN):
     """Rank pairs (a, b), from 0, with (a + 1)·(b + 1) <= k: the first rows, then what the first columns have left."""
     K: tl.constexpr = PLAN.k
     SIDE: tl.constexpr = PLAN.side
@@ -121,11 +120,9 @@ def tile_kernel(
     num_tokens,
     PLAN: tl.constexpr,
 ):  # fmt: skip
-    K: tl.constexpr = PLAN.k
-    TILE_M: tl.constexpr = PLAN.tokens
     TILE_K: tl.constexpr = PLAN.tile_k
     num_expert_sqrt = PLAN.num_expert_sqrt
-    tokens = tl.program_id(0).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
+    tokens = tl.program_id(0).to(tl.int64) * PLAN.tokens + tl.arange(0, PLAN.tokens)
     in_batch = tokens < num_tokens
     x_rows, y_rows = x_ptr + (tokens * stride_xm)[:, None], y_ptr + (tokens * stride_ym)[:, None]
     best_x, rows = _top_of_rows(x_rows, stride_xn, num_expert_sqrt, in_batch, PLAN)
@@ -133,11 +130,11 @@ def tile_kernel(
 
     rank_x, rank_y, is_candidate = _staircase(PLAN)
     is_candidate &= (rank_x < num_expert_sqrt) & (rank_y < num_expert_sqrt)
-    at_x = tl.broadcast_to(rank_x[None, :], (TILE_M, PLAN.num_candidates))
-    at_y = tl.broadcast_to(rank_y[None, :], (TILE_M, PLAN.num_candidates))
+    at_x = tl.broadcast_to(rank_x[None, :], (PLAN.tokens, PLAN.num_candidates))
+    at_y = tl.broadcast_to(rank_y[None, :], (PLAN.tokens, PLAN.num_candidates))
     # Where +inf may meet -inf, or NaN is there, all of the token's scores become NaN: every path agrees on that.
     slots = tl.arange(0, TILE_K)
-    last = tl.full((TILE_M, TILE_K), 0, tl.int32) + tl.minimum(K, num_expert_sqrt) - 1
+    last = tl.full((PLAN.tokens, TILE_K), 0, tl.int32) + tl.minimum(PLAN.k, num_expert_sqrt) - 1
     opposites = (best_x + tl.gather(best_y, last, 1), best_y + tl.gather(best_x, last, 1))
     clash = (slots == 0)[None, :] & ((opposites[0] != opposites[0]) | (opposites[1] != opposites[1]))
     poison = tl.where(tl.sum(clash.to(tl.int32), 1) == 0, 0.0, float("nan"))
@@ -146,27 +143,27 @@ def tile_kernel(
     keys = tl.topk(tl.where(is_candidate[None, :], pack(sums, rows_and_ranks), LOWEST_KEY), TILE_K, dim=1)
 
     scores, rows_and_ranks = unpack(keys)
-    is_slot = (slots < K)[None, :]
+    is_slot = (slots < PLAN.k)[None, :]
     rank = tl.where(is_slot, rows_and_ranks % TILE_K, 0)
     indices = rows_and_ranks // TILE_K * num_expert_sqrt + tl.gather(columns, rank, 1)
-    outputs = tokens[:, None] * K + slots[None, :]
+    outputs = tokens[:, None] * PLAN.k + slots[None, :]
     mask = in_batch[:, None] & is_slot
     tl.store(scores_ptr + outputs, scores.to(scores_ptr.dtype.element_ty), mask=mask)
 
     # Among -inf pairs only the index counts, which the staircase does not know. Where one of them is selected, fewer
-    # than K others exist, so the -inf pairs among the first K experts are enough. With NaN or +inf about, they may not.
+    # than k others exist, so the -inf pairs among the first k experts are enough. With NaN or +inf about, they may not.
     best_is_unsafe = (slots == 0)[None, :] & ~((best_x < float("inf")) & (best_y < float("inf")))
     fill = in_batch & (tl.sum(best_is_unsafe.to(tl.int32), 1) == 0)
-    num_finite = tl.where(fill, tl.sum((is_slot & (scores > float("-inf"))).to(tl.int32), 1), K)
+    num_finite = tl.where(fill, tl.sum((is_slot & (scores > float("-inf"))).to(tl.int32), 1), PLAN.k)
     tl.store(indices_ptr + outputs, indices, mask=mask & (slots[None, :] < num_finite[:, None]))
-    if tl.min(num_finite, 0) < K:
+    if tl.min(num_finite, 0) < PLAN.k:
         row, column = (slots // num_expert_sqrt).to(tl.int64)[None, :], (slots % num_expert_sqrt).to(tl.int64)[None, :]
         x = tl.load(x_rows + row * stride_xn, mask=mask, other=0.0).to(tl.float32)
         y = tl.load(y_rows + column * stride_yn, mask=mask, other=0.0).to(tl.float32)
         masked = mask & (x + y == float("-inf"))
         slot = num_finite[:, None] + tl.cumsum(masked.to(tl.int32), 1) - 1
-        experts = tl.broadcast_to(slots[None, :], (TILE_M, TILE_K))
-        tl.store(indices_ptr + tokens[:, None] * K + slot, experts, mask=masked & (slot < K))
+        experts = tl.broadcast_to(slots[None, :], (PLAN.tokens, TILE_K))
+        tl.store(indices_ptr + tokens[:, None] * PLAN.k + slot, experts, mask=masked & (slot < PLAN.k))
 
 
 def plan_for(x, _, k, scores_dtype):
