@@ -274,7 +274,7 @@ def dense_kernel(
         tl.store(grad_y_ptr + offsets, sum_y.to(grad_y_ptr.dtype.element_ty), mask=mask)
 
 
-def backward(grad_scores, indices, num_expert_sqrt, dtype=None):
+def backward(grad_scores, indices, num_expert_sqrt, dtype=None, out=None):
     """The gradients of both factors, from the gradient of the scores. Any k; the same bits on every run.
 
     Args:
@@ -283,6 +283,7 @@ def backward(grad_scores, indices, num_expert_sqrt, dtype=None):
         indices: (num_tokens, k), int32, contiguous, as the forward pass returned them.
         num_expert_sqrt: N.
         dtype: of the gradients: fp32, fp16 or bf16; grad_scores' unless given.
+        out: what may be written and returned: grad_x and grad_y, contiguous, from multiples of 16 bytes on.
 
     Returns:
         grad_x, grad_y: (num_tokens, N), accumulated in fp32 and rounded once.
@@ -300,9 +301,9 @@ def backward(grad_scores, indices, num_expert_sqrt, dtype=None):
             return run(plan, grad, indices)
         known = Launch(plan, grad.get_device())
         _launches.keep(problem, known)
-    grad_x, grad_y = new_matrices(grad, num_tokens, num_expert_sqrt, dtype, dtype)
+    grad_x, grad_y = out = out or new_matrices(grad, num_tokens, num_expert_sqrt, dtype, dtype)
     known(grad, indices, grad_x, grad_y, *strides, num_tokens)
-    return grad_x, grad_y
+    return out
 
 
 def run(plan, grad_scores, indices):

@@ -96,15 +96,15 @@ def _check(x, y, k):
     return check(x, y, k), plain
 
 
-def _forward_original(x, y, k, _):
+def _forward_original(x, y, k, *_):
     return original.original_forward(x, y, k)
 
 
-def _backward_original(grad_scores, indices, num_expert_sqrt, _):
+def _backward_original(grad_scores, indices, num_expert_sqrt, *_):
     return original.original_backward(grad_scores, indices, num_expert_sqrt)
 
 
-def _forward_optimized(x, y, k, _):
+def _forward_optimized(x, y, k, *_):
     if x.shape[1] <= forward.MAX_EXPERT_SQRT:
         return forward.forward(x, y, k)
     if k <= split_forward.MAX_EXPERTS_PER_TOKEN:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import NO_GPU, ON_GPU, run_python
+from cases import NEEDS_INTERPRETER, NO_GPU, ON_GPU, run_python
 
 from omni_kernels import (
     configs,
@@ -340,13 +340,16 @@ print(configs.interpreting(), type(original.forward_kernel).__name__, os.environ
 """
 
 
+SET = {"TRITON_INTERPRET": "1"}
+
+
 @pytest.mark.parametrize(
     ("at_first", "before", "after", "words"),
     [
         ({}, "set", "", ["False", "JITFunction", "1"]),
         ({}, "", "set", ["False", "JITFunction", "1"]),
-        ({"TRITON_INTERPRET": "1"}, "unset", "", ["True", "InterpretedFunction", "None"]),
-        ({"TRITON_INTERPRET": "1"}, "", "unset", ["True", "InterpretedFunction", "None"]),
+        pytest.param(SET, "unset", "", ["True", "InterpretedFunction", "None"], marks=NEEDS_INTERPRETER),
+        pytest.param(SET, "", "unset", ["True", "InterpretedFunction", "None"], marks=NEEDS_INTERPRETER),
     ],
 )
 def test_the_interpreter_is_chosen_when_triton_is_imported(at_first, before, after, words):
@@ -413,9 +416,10 @@ print(torch.equal(omni_router(x, y, 5)[1], want))
 """
 
 
+@NEEDS_INTERPRETER
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_process_may_launch():
-    assert run_python("-W", "ignore", "-c", FORK, TRITON_INTERPRET="1", **NO_GPU).split() == ["True"] * 3
+    assert run_python("-W", "ignore", "-c", FORK, **SET, **NO_GPU).split() == ["True"] * 3
 
 
 def test_importing_needs_no_gpu_and_tunes_nothing():

@@ -71,11 +71,36 @@ def test_opcheck(num_tokens, k, dtype, scores_dtype, device):
     x, y = logits(num_tokens, 4, device, dtype)
     torch.library.opcheck(ROUTE, (x, y, k, scores_dtype))
     torch.library.opcheck(ROUTE, (x.t().contiguous().t(), y.detach(), k, scores_dtype))
-    torch.library.opcheck(OPERATORS.omni_router_kernel.default, (x.detach(), y.detach(), k, scores_dtype))
     scores, indices = ROUTE(x, y, k, scores_dtype)
+    opcheck_kernel(OPERATORS.omni_router_kernel.default, x, y, scores, indices)
     grad = torch.ones_like(scores)
     torch.library.opcheck(OPERATORS.omni_router_backward.default, (grad.requires_grad_(), indices, 4, dtype))
-    torch.library.opcheck(OPERATORS.omni_router_backward_kernel.default, (grad.detach(), indices, 4, dtype))
+    opcheck_kernel(
+        OPERATORS.omni_router_backward_kernel.default, grad, indices, *(torch.empty_like(x) for _ in range(2))
+    )
+
+
+def opcheck_kernel(operator, *args):
+    torch.library.opcheck(operator, [arg.detach() for arg in args])
+
+
+def test_kernel_operators_write_to_any_matrices(device):
+    x, y = (part.detach() for part in logits(6, 4, device))
+    want = route(x, y)
+    grad = torch.ones_like(want[0])
+    for operator, args, results in (
+        (OPERATORS.omni_router_kernel.default, (x, y), want),
+        (OPERATORS.omni_router_backward_kernel.default, (grad, want[1]), oracle_backward(grad, want[1], 4)),
+    ):
+        for like in (torch.empty_like, lambda result: torch.empty_like(result.t().contiguous()).t(), at_odd_address):
+            matrices = [like(result) for result in results]
+            assert operator(*args, *matrices) is None
+            assert_same_bits(matrices, results)
+
+
+def at_odd_address(matrix):
+    """A matrix like this one, except that it begins one number later than memory does."""
+    return torch.empty(matrix.numel() + 1, dtype=matrix.dtype, device=matrix.device)[1:].view(matrix.shape)
 
 
 def test_fake_tensors(device):
@@ -262,7 +287,7 @@ def test_make_fx(tracing_mode, pre_dispatch, device):
     x, y = (part.detach() for part in logits(6, 4, device))
     traced = make_fx(route, tracing_mode=tracing_mode, pre_dispatch=pre_dispatch)(x, y)
     operator = ROUTE if pre_dispatch else OPERATORS.omni_router_kernel.default
-    assert next(node.target for node in traced.graph.nodes if node.op == "call_function") is operator
+    assert [node.target for node in traced.graph.nodes].count(operator) == 1
     assert_same_bits(traced(y, x), route(y, x))
 
 

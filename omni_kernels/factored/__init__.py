@@ -47,7 +47,7 @@ def _plan_for(x, y, k, scores_dtype):
     return PyTorchPlan(x.shape[1], k, x.dtype, scores_dtype, num_warps=0)
 
 
-def factored_forward(router_logits_x, router_logits_y, num_experts_per_token, scores_dtype=None):
+def factored_forward(router_logits_x, router_logits_y, num_experts_per_token, scores_dtype=None, out=None):
     """Scores and indices of the k best experts, by the kernel that fits, or by `reference.factored_router` where none
     does; the same results, bit for bit.
 
@@ -56,6 +56,7 @@ def factored_forward(router_logits_x, router_logits_y, num_experts_per_token, sc
             token.
         num_experts_per_token: k, from 1 to N².
         scores_dtype: fp32, fp16 or bf16; the logits' unless given.
+        out: what may be written and returned: scores and indices, contiguous, from multiples of 16 bytes on.
 
     Returns:
         scores (num_tokens, k) in scores_dtype and indices (num_tokens, k), int32.
@@ -74,9 +75,9 @@ def factored_forward(router_logits_x, router_logits_y, num_experts_per_token, sc
     if known is None:
         return _first_call(problem, x, y, k, scores_dtype)
     most_few, few, many = known
-    scores, indices = new_matrices(x, num_tokens, k, scores_dtype, torch.int32)
+    scores, indices = out = out or new_matrices(x, num_tokens, k, scores_dtype, torch.int32)
     (few if num_tokens <= most_few else many)(x, y, scores, indices, *strides_x, *strides_y, num_tokens)
-    return scores, indices
+    return out
 
 
 def _first_call(problem, x, y, k, scores_dtype):

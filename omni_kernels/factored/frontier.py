@@ -154,7 +154,10 @@ def _pair(fixed_list, moving_list, fixed, moving, odd, PLAN):
     moving_key = load_shared(moving_list + (255 - moving) * PLAN.step, 8 * PLAN.key_bytes)
     row = unpack(tl.where(odd, moving_key, fixed_key), PLAN.element_ty, PLAN)[1]
     low = ((0xFFFF - row) << 16) | tl.where(odd, (fixed << 8) | moving, (moving << 8) | fixed)
-    fixed_value, moving_value = unpack(fixed_key, PLAN.element_ty, PLAN)[0], unpack(moving_key, PLAN.element_ty, PLAN)[0]
+    fixed_value, moving_value = (
+        unpack(fixed_key, PLAN.element_ty, PLAN)[0],
+        unpack(moving_key, PLAN.element_ty, PLAN)[0],
+    )
     return pack_wide(fixed_value + moving_value, low, PLAN)
 
 
@@ -320,7 +323,9 @@ def frontier_kernel(
         store_shared(pairs + slot * 2, popped, 16, writes & ~odd)
         ranks = unpack_wide(heads[0], PLAN)[1]
         fixed, moving = (ranks >> tl.where(odd, 8, 0)) & 255, (ranks >> tl.where(odd, 0, 8)) & 255
-        moving = tl.maximum(moving - 1, 255 - min(PLAN.ranks, 255))  # up to where a row ends, in the form of a key's ranks
+        moving = tl.maximum(
+            moving - 1, 255 - min(PLAN.ranks, 255)
+        )  # up to where a row ends, in the form of a key's ranks
         following = _pair(own_list, other_list, fixed, moving, odd, PLAN)
         heads = _replace_best(heads, tl.where(wins, following, heads[0]), PLAN)
     sync_warp(lane)
