@@ -59,7 +59,7 @@ class Router:
             return _empty_result(x, y, k, scores_dtype)
         if has_kernels(x):
             return self.forward_kernel(x, y, k, scores_dtype, out)
-        return reference.factored_router(x, y, k, scores_dtype)
+        return reference.eager_router(x, y, k, scores_dtype)
 
     def sum_up(self, grad_scores, indices, num_expert_sqrt, dtype, out=None):
         if indices.numel() and has_kernels(grad_scores):

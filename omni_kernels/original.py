@@ -132,7 +132,7 @@ def original_forward(router_logits_x, router_logits_y, num_experts_per_token):
     elif k <= MAX_SPLIT_EXPERTS_PER_TOKEN:
         kernel, tiles = tuned(split_forward_kernel, "fwd_split"), {"TILE_K": triton.next_power_of_2(k)}
     else:
-        return reference.factored_router(router_logits_x, router_logits_y, k)
+        return reference.eager_router(router_logits_x, router_logits_y, k)
     scores = torch.empty((num_tokens, k), dtype=output_dtype(dtype), device=device)
     indices = torch.empty((num_tokens, k), dtype=torch.int32, device=device)
     with device_of(x):

@@ -4,12 +4,16 @@ Both run on any device PyTorch knows, and neither looks at the other: the defini
 is compared with, the factored version is what runs where a kernel cannot.
 """
 
+import functools
+import math
+
 import torch
 
 from .checks import check, check_scores_dtype
 
 # Tokens are routed in slices, so that the candidates of a long batch never sit in memory at once.
 CANDIDATES_PER_SLICE = 1 << 24
+FEW = 256  # experts a token whose pairs of ranks are kept
 
 
 def brute_force_router(router_logits_x, router_logits_y, num_experts_per_token):
@@ -49,16 +53,14 @@ def factored_router(router_logits_x, router_logits_y, num_experts_per_token, sco
     """
     k = check(router_logits_x, router_logits_y, num_experts_per_token)
     check_scores_dtype(scores_dtype)
-    num_tokens, num_expert_sqrt = router_logits_x.shape
-    scores = router_logits_x.new_empty((num_tokens, k), dtype=scores_dtype)
-    indices = torch.empty((num_tokens, k), dtype=torch.int32, device=router_logits_x.device)
-    if indices.numel():
-        rank_x, rank_y = _staircase(k, num_expert_sqrt, indices.device)
-        slice_size = max(1, CANDIDATES_PER_SLICE // (len(rank_x) + k + num_expert_sqrt))
-        for start in range(0, num_tokens, slice_size):
-            part = slice(start, start + slice_size)
-            scores[part], indices[part] = _route_slice(router_logits_x[part], router_logits_y[part], k, rank_x, rank_y)
-    return scores, indices
+    return _route(router_logits_x, router_logits_y, k, scores_dtype, looks=False)
+
+
+def eager_router(router_logits_x, router_logits_y, num_experts_per_token, scores_dtype=None):
+    """`factored_router` of checked arguments, where nothing traces. On the CPU it looks at its numbers: what only ties,
+    infinities and NaN need is done only where there are some. On a GPU it would have to wait for them."""
+    looks = router_logits_x.device.type == "cpu"
+    return _route(router_logits_x, router_logits_y, num_experts_per_token, scores_dtype, looks)
 
 
 def backward_router(grad_scores, indices, num_expert_sqrt):
@@ -78,6 +80,23 @@ def backward_router(grad_scores, indices, num_expert_sqrt):
     return tuple(zeros.scatter_add(1, target, grad).to(grad_scores.dtype) for target in (rows, columns))
 
 
+def _route(x, y, k, scores_dtype, looks):
+    num_tokens, num_expert_sqrt = x.shape
+    scores_dtype = scores_dtype or x.dtype
+    route = _route_quickly if looks and x.dtype == torch.float32 else functools.partial(_route_slice, looks=looks)
+    ranks = (_few_ranks if looks and k <= FEW else _staircase)(k, num_expert_sqrt, x.device)
+    slice_size = max(1, CANDIDATES_PER_SLICE // (len(ranks[0]) + k + num_expert_sqrt))
+    if k and 0 < num_tokens <= slice_size:
+        scores, indices = route(x, y, k, *ranks)
+        return scores.to(scores_dtype), indices.int()
+    scores = x.new_empty((num_tokens, k), dtype=scores_dtype)
+    indices = torch.empty((num_tokens, k), dtype=torch.int32, device=x.device)
+    for start in range(0, num_tokens if k else 0, slice_size):
+        part = slice(start, start + slice_size)
+        scores[part], indices[part] = route(x[part], y[part], k, *ranks)
+    return scores, indices
+
+
 def _staircase(k, num_expert_sqrt, device):
     """The rank pairs (a, b), counted from 0, that can be among the k best: all a, all b. Made anew in every call: kept,
     they could be as large as the logits, or fake tensors, or of a device that was asked for meanwhile."""
@@ -90,17 +109,47 @@ def _staircase(k, num_expert_sqrt, device):
     return rank_x, rank_y
 
 
-def _route_slice(x, y, k, rank_x, rank_y):
+# Of few experts, for who is no tracer: a token alone is routed in less time than it takes to make them.
+_few_ranks = functools.lru_cache(16)(_staircase)
+
+
+def _route_quickly(x, y, k, rank_x, rank_y):
+    """fp32 logits by plain selections, which leave open who comes first among equals. Tokens that have equals among the
+    best, or what is not finite, are routed again by `_route_slice`. (Seldom: so the host looks first if there are any.)
+    """
     num_expert_sqrt = x.shape[1]
-    best_x, rows = _top(x, min(k, num_expert_sqrt))
-    best_y, columns = _top(y, min(k, num_expert_sqrt))
-    # Where +inf may meet -inf, or NaN is there, all of the token's scores become NaN: every path agrees on that.
-    clash = (best_x[:, :1] + best_y[:, -1:]).isnan() | (best_y[:, :1] + best_x[:, -1:]).isnan()
-    sums = torch.where(clash, torch.nan, best_x[:, rank_x] + best_y[:, rank_y])
-    row_and_rank = rows[:, rank_x] * num_expert_sqrt + rank_y
-    scores, row_and_rank = _unpack(_pack(sums, row_and_rank).topk(k).values)
+    longest, limit = min(k, num_expert_sqrt), min(k + 1, num_expert_sqrt)  # one more shows equals at the edge
+    best, (rows, columns) = torch.stack((x, y)).topk(limit)
+    best_x, best_y = best[..., :longest]
+    sums = best_x.index_select(1, rank_x) + best_y.index_select(1, rank_y)
+    scores, places = sums.topk(min(k + 1, len(rank_x)))
+    indices = rows.gather(1, rank_x[places[:, :k]]) * num_expert_sqrt + columns.gather(1, rank_y[places[:, :k]])
+    equal_logits, equal_scores = (values[..., 1:] >= values[..., :-1] for values in (best, scores))
+    scores = scores[:, :k] + 0.0  # no -0.0
+    if equal_logits.any() or equal_scores.any() or not math.isfinite(sums.sum()):
+        doubt = equal_logits.any(2).any(0) | equal_scores.any(1) | ~sums.isfinite().all(1)
+        tokens = doubt.nonzero()[:, 0]
+        scores[tokens], indices[tokens] = _route_slice(x[tokens], y[tokens], k, rank_x, rank_y, looks=True)
+    return scores, indices
+
+
+def _route_slice(x, y, k, rank_x, rank_y, looks=False):
+    """By packed keys, which no two are equal of. Where the host looks, finite logits get only what those need."""
+    num_expert_sqrt = x.shape[1]
+    finite = looks and math.isfinite(x.sum() + y.sum())
+    best_x, rows = _top(x, min(k, num_expert_sqrt), finite)
+    best_y, columns = _top(y, min(k, num_expert_sqrt), finite)
+    sums = best_x.index_select(1, rank_x) + best_y.index_select(1, rank_y)
+    if not finite:
+        # Where +inf may meet -inf, or NaN is there, all of the token's scores become NaN: every path agrees on that.
+        clash = (best_x[:, :1] + best_y[:, -1:]).isnan() | (best_y[:, :1] + best_x[:, -1:]).isnan()
+        sums = torch.where(clash, torch.nan, sums)
+    row_and_rank = rows.index_select(1, rank_x) * num_expert_sqrt + rank_y
+    scores, row_and_rank = _unpack(_pack(sums, row_and_rank, finite).topk(k).values)
     row, rank = row_and_rank // num_expert_sqrt, row_and_rank % num_expert_sqrt
     indices = row * num_expert_sqrt + columns.gather(1, rank)
+    if finite:
+        return scores, indices
 
     # Among -inf pairs only the index counts, which the staircase does not know. Where one of them is selected, fewer
     # than k others exist, so the -inf pairs among the first k experts are enough. (With NaN or +inf about, they may not
@@ -114,20 +163,39 @@ def _route_slice(x, y, k, rank_x, rank_y):
     return scores, indices[:, :k]
 
 
-def _top(logits, count):
+def _top(logits, count, finite):
     """The `count` largest logits of each row, lower columns first among equals: fp32 values (-0.0 as 0.0), columns."""
     columns = torch.arange(logits.shape[1], device=logits.device)
-    return _unpack(_pack(logits.float(), columns).topk(count).values)
+    if logits.dtype == torch.float32:
+        return _unpack(_pack(logits, columns, finite).topk(count).values)
+    return _unpack_short(_pack_short(logits, columns, finite).topk(count).values, logits.dtype)
 
 
-def _pack(value, index):
+def _pack(value, index, finite=False):
     """fp32 value and index as one int64 of the same order: the PyTorch twin of `keys.pack`."""
     bits = (value + 0.0).view(torch.int32)
-    key = torch.where(value == value, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
-    return (key.long() << 32) | (0x7FFFFFFF - index)
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    if not finite:
+        key = torch.where(value == value, key, 0x7FFFFFFF)
+    return torch.add(0x7FFFFFFF - index, key.long(), alpha=1 << 32)  # one operation for a shift and an or
 
 
 def _unpack(packed):
     key = (packed >> 32).int()
     value = (key ^ ((key >> 31) & 0x7FFFFFFF)).view(torch.float32)
     return value, 0x7FFFFFFF - (packed & 0xFFFFFFFF)
+
+
+def _pack_short(value, index, finite):
+    """A 16-bit value and an index below 2¹⁶ as one int32 of the same order."""
+    bits = (value + 0.0).view(torch.int16)
+    key = bits ^ ((bits >> 15) & 0x7FFF)
+    if not finite:
+        key = torch.where(value == value, key, 0x7FFF)
+    return torch.add(0xFFFF - index.int(), key.int(), alpha=1 << 16)
+
+
+def _unpack_short(packed, dtype):
+    key = (packed >> 16).short()
+    value = (key ^ ((key >> 15) & 0x7FFF)).view(dtype)
+    return value.float(), 0xFFFF - (packed & 0xFFFF).long()

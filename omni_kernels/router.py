@@ -109,7 +109,7 @@ def _forward_optimized(x, y, k, *_):
         return forward.forward(x, y, k)
     if k <= split_forward.MAX_EXPERTS_PER_TOKEN:
         return split_forward.split_forward(x, y, k)
-    return reference.factored_router(x, y, k)
+    return reference.eager_router(x, y, k)
 
 
 _OMNI_ROUTER = Router("omni_router", factored.factored_forward, backward.backward)

@@ -20,10 +20,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INF, NAN = float("inf"), float("nan")
 ON_GPU = torch.cuda.is_available()
 ON_NVIDIA = ON_GPU and on_nvidia(torch.device("cuda"))
-VERSIONS = [tuple(map(int, module.__version__.split(".")[:2])) for module in (triton, np)]
-NEEDS_INTERPRETER = pytest.mark.skipif(
-    VERSIONS[0] < (3, 7) and VERSIONS[1] >= (2, 4), reason="the interpreter of Triton 3.6 needs a NumPy before 2.4"
-)
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}  # the environment of a process that sees none
 NEEDS_INTERPRETER = pytest.mark.skipif(
     triton.__version__.startswith("3.6") and np.lib.NumpyVersion(np.__version__) >= "2.4.0",

@@ -9,6 +9,7 @@ import torch
 from cases import (
     DTYPES,
     INF,
+    NAN,
     adversarial_logits,
     assert_routes,
     assert_same_bits,
@@ -107,7 +108,9 @@ def test_both_are_the_oracle_on_any_floats(logits, data):
     scores, indices = brute_force_router(x, y, k)
     assert torch.equal(indices, want_indices)
     torch.testing.assert_close(scores.float(), want_scores, rtol=0, atol=0, equal_nan=True)
-    assert_routes(x, y, k, *factored_router(x, y, k))
+    got = factored_router(x, y, k)
+    assert_routes(x, y, k, *got)
+    assert_same_bits(reference.eager_router(x, y, k), got)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -115,7 +118,25 @@ def test_both_are_the_oracle_on_any_floats(logits, data):
 def test_factored_is_the_definition(num_expert_sqrt, dtype, device):
     x, y = adversarial_logits(num_expert_sqrt, dtype, device)
     for k in counts(num_expert_sqrt):
-        assert_routes(x, y, k, *factored_router(x, y, k))
+        got = factored_router(x, y, k)
+        assert_routes(x, y, k, *got)
+        assert_same_bits(reference.eager_router(x, y, k), got)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("trouble", [[], [0.0], [-0.0, 0.0], [INF], [-INF], [NAN], [-NAN], [3e38, -3e38, 1.0]])
+@pytest.mark.parametrize(("num_expert_sqrt", "k"), [(30, 7), (30, 29), (30, 30), (5, 24), (5, 25), (40, 300)])
+def test_looking_at_the_numbers_changes_nothing(num_expert_sqrt, k, trouble, dtype, monkeypatch):
+    """Tokens without equal logits, and among them, in either factor, tokens with equals and with what is not finite."""
+    generator = torch.Generator().manual_seed(k)
+    x, y = torch.randn(2, 12, num_expert_sqrt, generator=generator).to(dtype)
+    for token, value in enumerate(trouble * 2):
+        factor = (x, y)[token % 2]
+        factor[1 + 3 * token : 3 + 3 * token, : num_expert_sqrt // (1 + token)] = value
+    want = factored_router(x, y, k, torch.float32)
+    assert_same_bits(reference.eager_router(x, y, k, torch.float32), want)
+    monkeypatch.setattr(reference, "CANDIDATES_PER_SLICE", 5 * (num_expert_sqrt + 2 * k))
+    assert_same_bits(reference.eager_router(x, y, k, torch.float32), want)
 
 
 @given(factors(sizes=st.integers(1, 6), max_tokens=2), st.data())

@@ -102,7 +102,7 @@ def _first_call(problem, x, y, k, scores_dtype):
 def run(plan, x, y):
     """Scores and indices of the k best experts by a plan, that of `explain` or another of its kernel's."""
     if plan.kernel is None:
-        return reference.factored_router(x, y, plan.k, plan.scores_dtype)
+        return reference.eager_router(x, y, plan.k, plan.scores_dtype)
     num_tokens = len(x)
     x, y = kernel_input(x), kernel_input(y)
     scores = torch.empty((num_tokens, plan.k), dtype=output_dtype(plan.scores_dtype), device=x.device)
