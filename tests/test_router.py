@@ -495,10 +495,8 @@ BAD_INPUTS = {
     "y is integer": (OK, OK.int(), 2, TypeError, ["router_logits_y", "torch.int32", "float32"]),
     "x is sparse": (OK.to_sparse(), OK, 2, TypeError, ["router_logits_x", "torch.sparse_coo", "dense"]),
     "y is sparse": (OK, OK.to_sparse(), 2, TypeError, ["router_logits_y", "torch.sparse_coo", "dense"]),
-    "x is 0-D": (logits(), logits(), 1, ValueError, ["router_logits_x", "()", "2-D"]),
-    "x is 1-D": (logits(3), logits(3), 2, ValueError, ["router_logits_x", "(3,)", "2-D"]),
-    "x is 3-D": (logits(2, 4, 3), logits(2, 4, 3), 2, ValueError, ["router_logits_x", "(2, 4, 3)", "2-D"]),
-    "y is 1-D": (OK, logits(3), 2, ValueError, ["router_logits_y", "(3,)", "2-D"]),
+    "x is 0-D": (logits(), logits(), 1, ValueError, ["router_logits_x", "()", "(..., num_expert_sqrt)"]),
+    "y is 1-D": (OK, logits(3), 2, ValueError, ["router_logits_y", "shape", "(4, 3)", "(3,)"]),
     "tokens differ": (OK, logits(5, 3), 2, ValueError, ["router_logits_y", "shape", "(4, 3)", "(5, 3)"]),
     "experts differ": (OK, logits(4, 2), 2, ValueError, ["router_logits_y", "shape", "(4, 3)", "(4, 2)"]),
     "broadcastable": (OK, logits(1, 3), 2, ValueError, ["router_logits_y", "shape", "(4, 3)", "(1, 3)"]),
@@ -516,6 +514,8 @@ BAD_INPUTS = {
     "k is a bool": (OK, OK, True, TypeError, ["num_experts_per_token", "True", "int"]),
     "k is a list": (OK, OK, [2], TypeError, ["num_experts_per_token", "[2]", "int"]),
 }
+OLDER = [triton_omni_router_func, triton_omni_router_func_optimized]
+NO_MATRICES = {"1-D": logits(3), "3-D": logits(2, 4, 3)}
 BAD_EXPERT_SQRT = {
     "too small": (2, ValueError, ["num_expert_sqrt", "2", "3"]),
     "too large": (4, ValueError, ["num_expert_sqrt", "4", "3"]),
@@ -548,7 +548,7 @@ def test_bad_input(x, y, k, error, words, monkeypatch):
     for router in (omni_router, factored_router, brute_force_router):
         assert_refused(lambda router=router: router(x, y, k), error, words, monkeypatch)
     num_expert_sqrt = x.shape[-1] if isinstance(x, torch.Tensor) and x.ndim else 3
-    for router in (triton_omni_router_func, triton_omni_router_func_optimized):
+    for router in OLDER:
         assert_refused(lambda router=router: router(x, y, num_expert_sqrt, k), error, words, monkeypatch)
 
 
@@ -557,7 +557,15 @@ def test_bad_input_of_explain(x, y, k, error, words, monkeypatch):
     assert_refused(lambda: explain(x, y, k), error, words, monkeypatch)
 
 
-@pytest.mark.parametrize("router", [triton_omni_router_func, triton_omni_router_func_optimized])
+@pytest.mark.parametrize("router", [*OLDER, factored_router, brute_force_router])
+@pytest.mark.parametrize("x", NO_MATRICES.values(), ids=NO_MATRICES)
+def test_functions_that_take_matrices_alone(router, x, monkeypatch):
+    arguments = (3, 2) if router in OLDER else (2,)
+    words = ["router_logits_x", str(tuple(x.shape)), "2-D (num_tokens, num_expert_sqrt)"]
+    assert_refused(lambda: router(x, x, *arguments), ValueError, words, monkeypatch)
+
+
+@pytest.mark.parametrize("router", OLDER)
 @pytest.mark.parametrize(("num_expert_sqrt", "error", "words"), BAD_EXPERT_SQRT.values(), ids=BAD_EXPERT_SQRT.keys())
 def test_bad_num_expert_sqrt(router, num_expert_sqrt, error, words, monkeypatch):
     assert_refused(lambda: router(OK, OK, num_expert_sqrt, 2), error, words, monkeypatch)
