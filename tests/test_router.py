@@ -33,6 +33,7 @@ from omni_kernels import (
     factored_router,
     omni_router,
     reference,
+    replay,
     triton_omni_router_func,
     triton_omni_router_func_optimized,
 )
@@ -552,6 +553,43 @@ def test_bad_input(x, y, k, error, words, monkeypatch):
         assert_refused(lambda router=router: router(x, y, num_expert_sqrt, k), error, words, monkeypatch)
 
 
+BAD_LOGITS = {name: case for name, case in BAD_INPUTS.items() if not name.startswith("k ")}
+INDICES = torch.zeros(4, 2, dtype=torch.int32)
+BAD_INDICES = {
+    "list": ([[1, 2]], TypeError, ["indices", "list", "torch.Tensor"]),
+    "float": (INDICES.float(), TypeError, ["indices", "torch.float32", "int32 or int64"]),
+    "short": (INDICES.short(), TypeError, ["indices", "torch.int16", "int32 or int64"]),
+    "bool": (INDICES.bool(), TypeError, ["indices", "torch.bool", "int32 or int64"]),
+    "sparse": (INDICES.to_sparse(), TypeError, ["indices", "torch.sparse_coo", "dense"]),
+    "0-D": (INDICES[0, 0], ValueError, ["indices", "()", "(4, num_experts_per_token)"]),
+    "1-D": (INDICES[0], ValueError, ["indices", "(2,)", "(4, num_experts_per_token)"]),
+    "3-D": (INDICES[None], ValueError, ["indices", "(1, 4, 2)", "(4, num_experts_per_token)"]),
+    "tokens": (INDICES[:3], ValueError, ["indices", "(3, 2)", "(4, num_experts_per_token)", "router_logits_x"]),
+    "device": (INDICES.to("meta"), ValueError, ["indices", "meta", "cpu", "router_logits_x"]),
+}
+
+
+@pytest.mark.parametrize(("x", "y", "_", "error", "words"), BAD_LOGITS.values(), ids=BAD_LOGITS.keys())
+def test_bad_logits_of_replay(x, y, _, error, words, monkeypatch):
+    assert_refused(lambda: replay(x, y, INDICES), error, words, monkeypatch)
+
+
+@pytest.mark.parametrize(("indices", "error", "words"), BAD_INDICES.values(), ids=BAD_INDICES.keys())
+def test_bad_indices(indices, error, words, monkeypatch):
+    assert_refused(lambda: replay(OK, OK, indices), error, words, monkeypatch)
+
+
+@pytest.mark.parametrize("normalize", ["sigmoid", "", True, 1, ["softmax"], np.zeros(3)], ids=repr)
+def test_bad_normalize(normalize, monkeypatch):
+    words = ["normalize", "None", "'log_softmax', 'softmax' or 'topk'", f"got {normalize!r}"]
+    for call in (
+        lambda: omni_router(OK, OK, 2, normalize=normalize),
+        lambda: brute_force_router(OK, OK, 2, normalize),
+        lambda: replay(OK, OK, INDICES, normalize=normalize),
+    ):
+        assert_refused(call, ValueError, words, monkeypatch)
+
+
 @pytest.mark.parametrize(("x", "y", "k", "error", "words"), BAD_INPUTS.values(), ids=BAD_INPUTS.keys())
 def test_bad_input_of_explain(x, y, k, error, words, monkeypatch):
     assert_refused(lambda: explain(x, y, k), error, words, monkeypatch)
@@ -576,6 +614,8 @@ def test_bad_num_expert_sqrt(router, num_expert_sqrt, error, words, monkeypatch)
 def test_bad_scores_dtype(router, scores_dtype, monkeypatch):
     words = ["scores_dtype", "bfloat16", repr(scores_dtype)]
     assert_refused(lambda: router(OK, OK, 2, scores_dtype), TypeError, words, monkeypatch)
+    assert_refused(lambda: replay(OK, OK, INDICES, scores_dtype), TypeError, words, monkeypatch)
+    assert_refused(lambda: omni_router(OK, OK, 2, scores_dtype, "softmax"), TypeError, words, monkeypatch)
 
 
 @ROUTERS
