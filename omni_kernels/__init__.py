@@ -5,7 +5,7 @@ from .configs import as_triton_was_imported, get_arch, get_arch_specific_configs
 with as_triton_was_imported():
     from .factored import explain
     from .reference import brute_force_router, factored_router
-    from .router import omni_router, triton_omni_router_func, triton_omni_router_func_optimized
+    from .router import omni_router, replay, triton_omni_router_func, triton_omni_router_func_optimized
 
 __all__ = [
     "brute_force_router",
@@ -15,6 +15,7 @@ __all__ = [
     "get_arch_specific_configs",
     "get_device",
     "omni_router",
+    "replay",
     "triton_omni_router_func",
     "triton_omni_router_func_optimized",
 ]

@@ -6,17 +6,13 @@ import torch
 
 MAX_EXPERT_SQRT = 46340  # the largest N whose N² expert indices fit in int32
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NORMALIZE = ("log_softmax", "softmax", "topk")
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def check(x, y, k):
-    """Raises unless x and y are logits of the same tokens, and k a number of experts that there are.
-
-    Returns:
-        k as a plain int, whatever integer it was; a torch.SymInt as it is.
-    """
-    # What nearly every call brings is let through here, in a microsecond. All else, to be let through or not, is below.
-    if (
+def is_usual(x, y, k):
+    """Whether they are right, and what nearly every call brings: two matrices and an int. A microsecond's test."""
+    return (
         type(x) in PLAIN
         and type(y) in PLAIN
         and type(k) is int
@@ -28,7 +24,16 @@ def check(x, y, k):
         and shape == y.shape
         and 1 <= shape[1] <= MAX_EXPERT_SQRT
         and 0 <= k <= shape[1] * shape[1]
-    ):
+    )
+
+
+def check(x, y, k):
+    """Raises unless x and y are logits of the same tokens, and k a number of experts that there are.
+
+    Returns:
+        k as a plain int, whatever integer it was; a torch.SymInt as it is.
+    """
+    if is_usual(x, y, k):
         return k
     for name, logits in (("router_logits_x", x), ("router_logits_y", y)):
         if not isinstance(logits, torch.Tensor):
@@ -37,8 +42,8 @@ def check(x, y, k):
             raise TypeError(f"{name} must be float32, float16 or bfloat16, got {logits.dtype}")
         if logits.layout != torch.strided or logits.is_nested:
             raise TypeError(f"{name} must be dense, got {'nested' if logits.is_nested else logits.layout}")
-        if logits.ndim != 2:
-            raise ValueError(f"{name} must be 2-D (num_tokens, num_expert_sqrt), got shape {tuple(logits.shape)}")
+        if not logits.ndim:
+            raise ValueError(f"{name} must have shape (..., num_expert_sqrt), got shape ()")
     for what, got_x, got_y in (
         ("shape", tuple(x.shape), tuple(y.shape)),
         ("dtype", x.dtype, y.dtype),
@@ -46,7 +51,7 @@ def check(x, y, k):
     ):
         if got_x != got_y:
             raise ValueError(f"router_logits_y must have the {what} of router_logits_x, {got_x}, got {got_y}")
-    num_expert_sqrt = x.shape[1]
+    num_expert_sqrt = x.shape[-1]
     if not 1 <= num_expert_sqrt <= MAX_EXPERT_SQRT:
         raise ValueError(
             f"router_logits_x must have 1 to {MAX_EXPERT_SQRT} columns (num_expert_sqrt), got shape {tuple(x.shape)}"
@@ -55,6 +60,12 @@ def check(x, y, k):
     if not 0 <= k <= num_expert_sqrt**2:
         raise ValueError(f"num_experts_per_token must be from 0 to num_expert_sqrt² = {num_expert_sqrt**2}, got {k}")
     return k
+
+
+def check_matrix(x):
+    """Raises unless x, logits that `check` let pass, has one dimension of tokens."""
+    if x.ndim != 2:
+        raise ValueError(f"router_logits_x must be 2-D (num_tokens, num_expert_sqrt), got shape {tuple(x.shape)}")
 
 
 def check_expert_sqrt(num_expert_sqrt, x):
@@ -80,3 +91,36 @@ def check_scores_dtype(scores_dtype):
     """Raises unless it is None or a dtype that scores may have."""
     if scores_dtype is not None and not (isinstance(scores_dtype, torch.dtype) and scores_dtype in DTYPES):
         raise TypeError(f"scores_dtype must be None, float32, float16 or bfloat16, got {scores_dtype!r}")
+
+
+def check_normalize(normalize):
+    """Raises unless it is None or one of the three ways to normalize scores."""
+    if not (normalize is None or (isinstance(normalize, str) and normalize in NORMALIZE)):
+        raise ValueError(f"normalize must be None, 'log_softmax', 'softmax' or 'topk', got {normalize!r}")
+
+
+def check_indices(indices, x):
+    """Raises unless they are integers of the tokens of x, logits that `check` let pass."""
+    if not isinstance(indices, torch.Tensor):
+        raise TypeError(f"indices must be a torch.Tensor, got {type(indices).__name__}")
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"indices must be int32 or int64, got {indices.dtype}")
+    if indices.layout != torch.strided or indices.is_nested:
+        raise TypeError(f"indices must be dense, got {'nested' if indices.is_nested else indices.layout}")
+    if indices.ndim != x.ndim or tuple(indices.shape[:-1]) != tuple(x.shape[:-1]):
+        tokens = "".join(f"{size}, " for size in x.shape[:-1])
+        raise ValueError(
+            f"indices must have shape ({tokens}num_experts_per_token), as router_logits_x has shape {tuple(x.shape)}, "
+            f"got shape {tuple(indices.shape)}"
+        )
+    if indices.device != x.device:
+        raise ValueError(f"indices must have the device of router_logits_x, {x.device}, got {indices.device}")
+
+
+def check_range(indices, num_expert_sqrt):
+    """Raises unless they are experts. Reads them all."""
+    if indices.numel():
+        low, high = (int(part) for part in indices.aminmax())
+        if low < 0 or high >= num_expert_sqrt**2:
+            got = low if low < 0 else high
+            raise ValueError(f"indices must be from 0 to num_expert_sqrt² - 1 = {num_expert_sqrt**2 - 1}, got {got}")

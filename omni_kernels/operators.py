@@ -5,7 +5,8 @@ transforms, it is an operator of torch.library, which torch.compile, torch.expor
 forward-mode derivatives take as they take PyTorch's own.
 
 Once the experts are chosen a router is linear: a score is the sum of two logits. So the tangent of a score is the sum
-of two tangents, and the gradient of a logit is the sum of the gradients of the scores it is in.
+of two tangents, and the gradient of a logit is the sum of the gradients of the scores it is in. `Pairs` gives the
+sums of experts that were chosen before, with the same derivatives.
 """
 
 import re
@@ -48,11 +49,7 @@ class Router:
 
     def trace(self, x, y, k, scores_dtype):
         """The call as an operator."""
-        if is_compiling() and forward_ad._current_level >= 0:
-            # PyTorch compiles again where the level changes, but its cache of graphs does not ask for the level: this
-            # must be another graph than the one without tangents.
-            x = x.clone()
-        return self.operator(x, y, k, scores_dtype)
+        return self.operator(_of_this_level(x), y, k, scores_dtype)
 
     def route(self, x, y, k, scores_dtype, out=None):
         if not (k and x.numel()):
@@ -66,6 +63,25 @@ class Router:
             return self.backward_kernel(grad_scores, indices, num_expert_sqrt, dtype, out)
         grads = reference.backward_router(grad_scores.float(), indices, num_expert_sqrt)
         return tuple(grad.to(dtype) for grad in grads)
+
+
+class Pairs:
+    """`reference.sums_of_pairs` as an operator, whose gradient a router's backward kernel sums up.
+
+    name: of the operator. Calls take indices (num_tokens, k), int32, contiguous.
+    """
+
+    def __init__(self, name, router):
+        self.operator = _register_pairs(name, router)
+
+    def __call__(self, x, y, indices, origin_x=None, origin_y=None):
+        return self.operator(_of_this_level(x), y, indices, origin_x, origin_y)
+
+
+def _of_this_level(x):
+    """Compiled with tangents, a copy: PyTorch compiles again where the level changes, but its cache of graphs does not
+    ask for the level, so this must be another graph than the one without tangents."""
+    return x.clone() if is_compiling() and forward_ad._current_level >= 0 else x
 
 
 def is_plain(x, y):
@@ -88,15 +104,22 @@ def _sees_functions():
     return any(type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
 
 
-def assume_same_tokens(x, y):
-    """While tracing: token counts that only the data tells are checked when the program runs, all others by `check`."""
-    if x.ndim == y.ndim == 2 and (is_compiling() or type(x.shape[0]) is SymInt):
+def assume_same_tokens(x, other, name):
+    """While tracing: token counts that only the data tells are checked when the program runs, all others by the checks
+    of checks.py."""
+    if x.ndim == other.ndim and (is_compiling() or SymInt in map(type, x.shape[:-1])):
         from torch.fx.experimental.symbolic_shapes import guard_or_false  # half a second that others need not wait
 
-        if not guard_or_false(x.shape[0] != y.shape[0]):
-            check_at_run_time(
-                x.shape[0] == y.shape[0], lambda: "router_logits_y must have the tokens of router_logits_x"
-            )
+        for size, size_of_other in zip(x.shape[:-1], other.shape[:-1], strict=True):
+            if not guard_or_false(size != size_of_other):
+                check_at_run_time(size == size_of_other, lambda: f"{name} must have the tokens of router_logits_x")
+
+
+def as_matrix(tensor):
+    """Its leading dimensions, however many, as one of tokens."""
+    if tensor.ndim == 2:
+        return tensor
+    return tensor.flatten(0, -2) if tensor.ndim > 2 else tensor[None]
 
 
 def is_ordinary(x, y, k):
@@ -199,6 +222,30 @@ class _Sums(torch.autograd.Function):
         return router.backward_operator(tangent, ctx.saved_tensors[0], num_expert_sqrt, dtype)
 
 
+class _SumsOfPairs(torch.autograd.Function):
+    """The operator that sums the pairs of experts chosen before. Of its five tensors x and y alone have derivatives."""
+
+    @staticmethod
+    def forward(ctx, x, y, indices, origin_x, origin_y, router, run):
+        ctx.save_for_backward(indices)
+        ctx.save_for_forward(indices)
+        ctx.set_materialize_grads(False)
+        ctx.rest = router, x.shape[1], x.dtype
+        return run(x, y, indices, origin_x, origin_y)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if grad is None:
+            return (None,) * 7
+        router, num_expert_sqrt, dtype = ctx.rest
+        grads = router.backward_operator(grad.float(), ctx.saved_tensors[0], num_expert_sqrt, dtype)
+        return *grads, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, tangent_x, tangent_y, *_):
+        return _sums_of_pairs(tangent_x, tangent_y, ctx.saved_tensors[0], ctx.rest[1], torch.float64)
+
+
 def _sums_of_pairs(x, y, experts, num_expert_sqrt, dtype):
     """x of every expert's row + y of its column, in fp32, rounded once; None stands for zeros."""
     experts = experts.long()
@@ -234,9 +281,44 @@ def _register(name, arguments, run, fake, function, router):
 
     schema = f"({tensors}, Tensor(a!) result, Tensor(b!) result_2) -> ()"
     kernel = _define(f"{name}_kernel", schema, write, lambda *_: None)
+
+    def leave_kernel(*args):
+        matrices = fake(*args)
+        kernel(*args[:2], *matrices)
+        return matrices
+
+    def batch(info, in_dims, first, second, size, dtype):
+        tensors, shape = _fold_into_tokens(info, in_dims, first, second)
+        return tuple(part.unflatten(0, shape) for part in operator(*tensors, size, dtype)), (0, 0)
+
+    _differentiate(name, operator, function, router, leave_kernel)
+    torch.library.register_vmap(operator, batch, lib=_LIBRARY)
+    return operator
+
+
+def _register_pairs(name, router):
+    """The operator of `reference.sums_of_pairs`. Traced, it leaves PyTorch's operators, which compilers fuse."""
+    tensors = "Tensor x, Tensor y, Tensor indices, Tensor? origin_x, Tensor? origin_y"
+
+    def fake(x, y, indices, *_):
+        return x.new_empty(indices.shape, dtype=torch.float64)
+
+    def batch(info, in_dims, *tensors):
+        tensors, shape = _fold_into_tokens(info, in_dims, *tensors)
+        return operator(*tensors).unflatten(0, shape), 0
+
+    operator = _define(name, f"({tensors}) -> Tensor", reference.sums_of_pairs, fake)
+    _differentiate(name, operator, _SumsOfPairs, router, reference.sums_of_pairs)
+    torch.library.register_vmap(operator, batch, lib=_LIBRARY)
+    return operator
+
+
+def _differentiate(name, operator, function, router, trace):
+    """Gives an operator the derivatives of an autograd function. A graph into which no tangents will come gets, below
+    them, what `trace` leaves there."""
     apply = super(torch.autograd.Function, function).apply
 
-    def differentiate(keys, first, second, size, dtype):
+    def differentiate(keys, *args):
         """The operator at one level of torch.func's transforms, or without any: below it are the others."""
         modes = torch.is_grad_enabled(), _C._is_fwd_grad_enabled()
 
@@ -246,29 +328,30 @@ def _register(name, arguments, run, fake, function, router):
                 torch.set_grad_enabled(modes[0]),  # off in here, but another level's gradients may be wanted
                 forward_ad._set_fwd_grad_enabled(modes[1]),
             ):
-                if _C._are_functorch_transforms_active() or not _leaves_kernel():
+                if _C._are_functorch_transforms_active() or not _is_traced():
                     return operator.redispatch(keys & _C._after_autograd_keyset, *args)
-                matrices = fake(*args)
-                kernel(*args[:2], *matrices)
-                return matrices
+                return trace(*args)
 
         with enable_single_level_autograd_function():
-            return apply(first, second, size, dtype, router, run_below)
-
-    def fold_into_tokens(info, in_dims, first, second, size, dtype):
-        tensors = []
-        for tensor, dim in zip((first, second), in_dims, strict=False):
-            tensor = tensor.movedim(dim, 0) if dim is not None else tensor.expand(info.batch_size, *tensor.shape)
-            tensors.append(tensor)
-        results = operator(*(tensor.flatten(0, 1) for tensor in tensors), size, dtype)
-        return tuple(part.unflatten(0, tensors[0].shape[:2]) for part in results), (0, 0)
+            return apply(*args, router, run_below)
 
     _LIBRARY.impl(name, differentiate, "Autograd", with_keyset=True)
-    torch.library.register_vmap(operator, fold_into_tokens, lib=_LIBRARY)
-    return operator
 
 
-def _leaves_kernel():
+def _fold_into_tokens(info, in_dims, *tensors):
+    """Tensors of a batch (or none) as those of its tokens, and the shape of these in the batch."""
+    batches = []
+    for tensor, dim in zip(tensors, in_dims, strict=False):
+        if tensor is not None:
+            tensor = tensor.movedim(dim, 0) if dim is not None else tensor.expand(info.batch_size, *tensor.shape)
+        batches.append(tensor)
+    folded = [batch if batch is None else batch.flatten(0, 1) for batch in batches]
+    # The backward kernel takes no strides of indices.
+    folded = [part if part is None or part.is_floating_point() else part.contiguous() for part in folded]
+    return folded, batches[0].shape[:2]
+
+
+def _is_traced():
     """Whether a graph is traced into which no tangents will come."""
     return _C._get_dispatch_mode(_C._TorchDispatchModeKey.PROXY) is not None and forward_ad._current_level < 0
 

@@ -1,7 +1,8 @@
 """The router in plain PyTorch: its definition, and the factored version that needs no kernel.
 
 Both run on any device PyTorch knows, and neither looks at the other: the definition is what everything else
-is compared with, the factored version is what runs where a kernel cannot.
+is compared with, the factored version is what runs where a kernel cannot. So it is with the scores that a softmax makes
+of the sums: `brute_force_router` takes it over all N² experts, `normalize_sums` from N logits of each factor.
 """
 
 import functools
@@ -9,32 +10,48 @@ import math
 
 import torch
 
-from .checks import check, check_scores_dtype
+from .checks import check, check_matrix, check_normalize, check_scores_dtype
 
 # Tokens are routed in slices, so that the candidates of a long batch never sit in memory at once.
 CANDIDATES_PER_SLICE = 1 << 24
 FEW = 256  # experts a token whose pairs of ranks are kept
 
 
-def brute_force_router(router_logits_x, router_logits_y, num_experts_per_token):
+def brute_force_router(router_logits_x, router_logits_y, num_experts_per_token, normalize=None):
     """The definition: score all num_expert_sqrt² experts and sort them.
 
     Args:
         router_logits_x: (num_tokens, N), floating point; its column i belongs to experts i * N to i * N + N - 1.
         router_logits_y: same shape, dtype and device; its column j belongs to experts j, N + j, 2N + j, ...
         num_experts_per_token: k, from 0 to N².
+        normalize: what becomes of the scores, as in `router.omni_router`.
 
     Returns:
-        scores (num_tokens, k), best first, summed in fp32, rounded once to the logits' dtype; and
-        indices (num_tokens, k), int32; equal scores put the lower index first. Differentiable by autograd.
+        scores (num_tokens, k), best first, summed in fp32 (if they are normalized, in fp64), rounded once to the
+        logits' dtype; and indices (num_tokens, k), int32; equal scores put the lower index first. Differentiable by
+        autograd.
 
     Raises:
         TypeError, ValueError: as `router.omni_router`.
     """
     num_experts_per_token = check(router_logits_x, router_logits_y, num_experts_per_token)
+    check_matrix(router_logits_x)
+    check_normalize(normalize)
     sums = (router_logits_x.float()[:, :, None] + router_logits_y.float()[:, None, :]).flatten(1)
     order = sums.detach().sort(dim=1, descending=True, stable=True).indices[:, :num_experts_per_token]
-    return sums.gather(1, order).to(router_logits_x.dtype), order.int()
+    scores = sums.gather(1, order)
+    if normalize is not None:
+        sums = (router_logits_x.double()[:, :, None] + router_logits_y.double()[:, None, :]).flatten(1)
+        masked = (sums == -torch.inf).all(1, keepdim=True)
+        sums = sums.masked_fill(masked, 0.0)
+        if normalize == "topk":
+            poison = torch.where((scores < torch.inf).all(1, keepdim=True), 0.0, torch.nan)
+            scores = sums.gather(1, order).softmax(1).masked_fill(masked, 0.0) + poison
+        elif normalize == "softmax":
+            scores = sums.softmax(1).masked_fill(masked, 0.0).gather(1, order)
+        else:
+            scores = sums.log_softmax(1).masked_fill(masked, -torch.inf).gather(1, order)
+    return scores.to(router_logits_x.dtype), order.int()
 
 
 def factored_router(router_logits_x, router_logits_y, num_experts_per_token, scores_dtype=None):
@@ -52,6 +69,7 @@ def factored_router(router_logits_x, router_logits_y, num_experts_per_token, sco
     `backward_router` is the gradient.
     """
     k = check(router_logits_x, router_logits_y, num_experts_per_token)
+    check_matrix(router_logits_x)
     check_scores_dtype(scores_dtype)
     return _route(router_logits_x, router_logits_y, k, scores_dtype, looks=False)
 
@@ -78,6 +96,83 @@ def backward_router(grad_scores, indices, num_expert_sqrt):
     zeros = grad.new_zeros((len(grad), num_expert_sqrt))
     rows, columns = indices.long() // num_expert_sqrt, indices.long() % num_expert_sqrt
     return tuple(zeros.scatter_add(1, target, grad).to(grad_scores.dtype) for target in (rows, columns))
+
+
+# Scores of experts that have been chosen ------------------------------------------------------------------------------
+
+
+def sums_of_pairs(x, y, indices, origin_x=None, origin_y=None):
+    """The sums of experts' two logits, in fp64, where they are exact but for logits 2²⁹ times each other's size.
+
+    Args:
+        x, y: (num_tokens, N), floating point.
+        indices: (num_tokens, k), int32 or int64.
+        origin_x, origin_y: (num_tokens, 1), what to subtract from the logits of each factor before; if any, both.
+
+    Returns:
+        sums (num_tokens, k), fp64. Rounded to fp32, those without origins are fp32 sums, bit for bit.
+    """
+    indices, num_expert_sqrt = indices.long(), x.shape[1]
+    left, right = x.gather(1, indices // num_expert_sqrt).double(), y.gather(1, indices % num_expert_sqrt).double()
+    if origin_x is not None:
+        left, right = left - origin_x, right - origin_y
+    return left + right
+
+
+def poison(x, y, k):
+    """What to add to the sums of a token's k best experts, (num_tokens, 1), fp32: NaN where the router makes NaN of all
+    of them, else 0. That is where NaN is among the logits, or +inf in one factor may meet -inf among the min(k, N) best
+    of the other."""
+    x, y = x.detach(), y.detach()
+    best_x, best_y = x.amax(1, keepdim=True), y.amax(1, keepdim=True)
+    clash = best_x.isnan() | best_y.isnan()
+    for best, other in ((best_x, y), (best_y, x)):
+        unmasked = (other > -torch.inf).sum(1, keepdim=True)
+        clash = clash | ((best == torch.inf) & (unmasked < k) & (unmasked < other.shape[1]))
+    return torch.where(clash, torch.nan, 0.0)
+
+
+def best_logits(x, y):
+    """The largest logit of each row of both factors, (num_tokens, 1), without derivatives."""
+    return x.detach().amax(1, keepdim=True), y.detach().amax(1, keepdim=True)
+
+
+def origins(best_x, best_y):
+    """What `normalize_sums` wants subtracted: the largest logits, but 0 of rows that are masked altogether."""
+    return tuple(best.masked_fill(best == -torch.inf, 0.0) for best in (best_x, best_y))
+
+
+def normalize_sums(sums, x, y, best_x, best_y, normalize):
+    """The softmax of the sums of chosen experts, or its logarithm.
+
+    Over all N² experts it takes the sums of both rows alone: sum of exp(x[i] + y[j]) over all pairs is sum of exp(x[i])
+    times sum of exp(y[j]). What is done N times a token is done in fp32, what is done k times in fp64. No derivative
+    but that of a poisoned token is NaN.
+
+    Args:
+        sums: (num_tokens, k), fp64, from `sums_of_pairs` with `origins`.
+        x, y: (num_tokens, N), fp32, all the logits.
+        best_x, best_y: from `best_logits`.
+        normalize: "softmax" or "log_softmax" over all experts, or "topk": softmax over the chosen.
+
+    Returns:
+        scores (num_tokens, k), fp64. Of a token whose rows of x or y are masked altogether: all 0, or -inf of
+        "log_softmax". All NaN of a token with NaN or +inf among its logits, and for "topk" also where the fp32 score of
+        its best expert is +inf.
+    """
+    best = best_x.double() + best_y
+    if normalize == "topk":
+        masked = (sums == -torch.inf).all(1, keepdim=True)
+        chances = sums.masked_fill(masked, 0.0).softmax(1).masked_fill(masked, 0.0)
+        return chances + torch.where(best.float() < torch.inf, 0.0, torch.nan)
+    for logits, row_best, origin in zip((x, y), (best_x, best_y), origins(best_x, best_y), strict=True):
+        total = (logits - origin).exp().sum(1, keepdim=True)
+        sums = sums - total.masked_fill(row_best == -torch.inf, 1.0).double().log()
+    logs = sums.masked_fill(best == -torch.inf, -torch.inf)
+    return logs if normalize == "log_softmax" else logs.exp()
+
+
+# The factored router's parts ------------------------------------------------------------------------------------------
 
 
 def _route(x, y, k, scores_dtype, looks):

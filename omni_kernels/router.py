@@ -4,55 +4,159 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import backward, factored, forward, original, reference, split_forward
-from .checks import check, check_expert_sqrt, check_scores_dtype
-from .operators import Router, assume_same_tokens, is_ordinary, is_plain
+from .checks import (
+    check,
+    check_expert_sqrt,
+    check_indices,
+    check_matrix,
+    check_normalize,
+    check_range,
+    check_scores_dtype,
+    is_usual,
+)
+from .operators import Pairs, Router, as_matrix, assume_same_tokens, is_ordinary, is_plain
 
 
-def omni_router(router_logits_x, router_logits_y, num_experts_per_token, scores_dtype=None):
+def omni_router(router_logits_x, router_logits_y, num_experts_per_token, scores_dtype=None, normalize=None):
     """Select the k best of N² experts for every token, exactly, by the fastest path for the shape and device.
 
-    Expert i * N + j scores x[t, i] + y[t, j], summed in fp32. Equal scores put the lower index first. `-inf` masks a
-    row or a column of experts: such pairs come last. A token with NaN or +inf among its logits has NaN or +inf among
+    Expert i * N + j scores x[..., i] + y[..., j], summed in fp32. Equal scores put the lower index first. `-inf` masks
+    a row or a column of experts: such pairs come last. A token with NaN or +inf among its logits has NaN or +inf among
     its scores and valid indices.
+
+    `normalize` makes probabilities of the scores. The experts and their order stay those of the logits, bit for bit.
+    With s[e] the sum of expert e, in fp64, each chosen expert scores
+
+        None:           s[e], in fp32;
+        "log_softmax":  s[e] - log(sum of exp(s[f]) over all N² experts f), which is
+                        x[i] + y[j] - logsumexp(x) - logsumexp(y);
+        "softmax":      exp of that;
+        "topk":         exp(s[e]) / (sum of exp(s[f]) over the k chosen f).
+
+    Before they are rounded to scores_dtype, probabilities are within 2e-6 of themselves, logarithms within 1e-6, or
+    1e-6 of themselves if those are beyond 1. A masked expert has probability 0. So has every expert of a token whose
+    row of x or of y is masked altogether; such a token has no gradient. A token with NaN or +inf among its logits has
+    NaN for all normalized scores; for "topk" so has one whose best score is +inf in fp32.
 
     torch.compile(fullgraph=True), torch.export, CUDA graphs and the transforms of torch.func take it as it is (vmap
     folds its dimension into the tokens). Autocast leaves it alone: it routes in the dtype it is given.
 
     Args:
-        router_logits_x: (num_tokens, N), fp32, fp16 or bf16, any strides, on a GPU or the CPU; N from 1 to 46340.
+        router_logits_x: (..., N), fp32, fp16 or bf16, any strides, on a GPU or the CPU; N from 1 to 46340. Leading
+            dimensions, however many, are of tokens. (num_tokens, N) is the fastest.
         router_logits_y: the same shape, dtype and device.
         num_experts_per_token: k, from 0 to N². Kernels route up to 256 on NVIDIA GPUs (from Ampere on) and up to
             64 elsewhere, PyTorch what is beyond.
         scores_dtype: of the scores, fp32, fp16 or bf16; the logits' unless given. fp32 keeps the sums of 16-bit logits
             as they are, and the gradients that come back for them too, until the sums of those are rounded once.
+        normalize: None, "log_softmax", "softmax" or "topk".
 
     Returns:
-        scores: (num_tokens, k), best first, rounded once to their dtype. Differentiable: the gradient of a pair goes to
-            its row of x and its column of y, accumulated in fp32, returned in the logits' dtype. It is linear, so a
-            second derivative with respect to the logits is zero; one with respect to the incoming gradient is a gather.
-            Forward-mode derivatives too: the tangent of a pair is the sum of its row's and its column's.
-        indices: (num_tokens, k), int32, distinct within a token.
+        scores: (..., k), best first, rounded once to their dtype. Differentiable: the gradient c of a sum goes to its
+            row of x and its column of y, accumulated in fp32, returned in the logits' dtype. The softmax over all
+            experts takes softmax(x) * (sum of c over the chosen) from it, and the same of y. No atomics: the same bits
+            on every run. Unless normalized, scores are linear in the logits, so their second derivative is zero; one
+            with respect to the incoming gradient is a gather. Forward-mode derivatives too: the tangent of a pair is
+            the sum of its row's and its column's.
+        indices: (..., k), int32, distinct within a token.
 
     Raises:
         TypeError: a logits argument is no dense floating point tensor, num_experts_per_token no integer, or
             scores_dtype none of the three.
-        ValueError: shapes, dtypes or devices differ, or a size is out of range.
+        ValueError: shapes, dtypes or devices differ, a size is out of range, or normalize is none of the four.
     """
-    if scores_dtype is None and is_compiling() and is_ordinary(router_logits_x, router_logits_y, num_experts_per_token):
+    if (
+        scores_dtype is None
+        and is_compiling()
+        and normalize is None
+        and is_ordinary(router_logits_x, router_logits_y, num_experts_per_token)
+    ):
         return _TRACED(router_logits_x, router_logits_y, num_experts_per_token, router_logits_x.dtype)
-    k, plain = _check(router_logits_x, router_logits_y, num_experts_per_token)
-    if scores_dtype is None:
-        scores_dtype = router_logits_x.dtype
+    if (
+        normalize is None
+        and is_plain(router_logits_x, router_logits_y)
+        and is_usual(router_logits_x, router_logits_y, num_experts_per_token)
+    ):
+        if scores_dtype is None:
+            scores_dtype = router_logits_x.dtype
+        else:
+            check_scores_dtype(scores_dtype)
+        return _OMNI_ROUTER(router_logits_x, router_logits_y, num_experts_per_token, scores_dtype, True)
+    return _route(router_logits_x, router_logits_y, num_experts_per_token, scores_dtype, normalize)
+
+
+def replay(router_logits_x, router_logits_y, indices, scores_dtype=None, normalize=None):
+    """The scores of experts chosen before: bit for bit what `omni_router` gives with indices that it chose from these
+    logits, and the same gradients. For recomputation, reinforcement learning, frozen routing.
+
+    Formulas, accuracy, masks, NaN and +inf, derivatives, compilers and transforms are as for `omni_router`. Any other
+    experts may be asked for, in any order, an expert twice too. A token then has NaN for all its scores where
+    `omni_router` would give all of its k best NaN; "topk" has NaN where the best of all experts scores NaN or +inf, and
+    0 where all that are asked for are masked.
+
+    Args:
+        router_logits_x: (..., N), fp32, fp16 or bf16, any strides, on a GPU or the CPU; N from 1 to 46340.
+        router_logits_y: the same shape, dtype and device.
+        indices: (..., k), int32 or int64, the leading dimensions and the device of the logits; each from 0 to N² - 1.
+            Looked at on the CPU, in eager mode. Elsewhere PyTorch's gather decides what becomes of others, and their
+            gradients are undefined.
+        scores_dtype: of the scores, fp32, fp16 or bf16; the logits' unless given.
+        normalize: None, "log_softmax", "softmax" or "topk".
+
+    Returns:
+        scores: (..., k), in the order of the indices.
+
+    Raises:
+        TypeError: a logits argument is no dense floating point tensor, indices no dense one of int32 or int64, or
+            scores_dtype none of the three.
+        ValueError: shapes, dtypes or devices differ, N is out of range, normalize is none of the four, or, where they
+            are looked at, an index is out of range.
+    """
+    x, y = router_logits_x, router_logits_y
+    _, plain = _check(x, y, 0)
+    if not plain and isinstance(indices, Tensor):
+        assume_same_tokens(x, indices, "indices")
+    check_indices(indices, x)
+    check_scores_dtype(scores_dtype)
+    check_normalize(normalize)
+    if plain and indices.device.type == "cpu" and is_plain(indices, indices):
+        check_range(indices, x.shape[-1])
+    experts = as_matrix(indices).int().contiguous()
+    scores = _scores(as_matrix(x), as_matrix(y), experts, scores_dtype or x.dtype, normalize)
+    return scores.reshape(indices.shape)
+
+
+def _route(x, y, k, scores_dtype, normalize):
+    """`omni_router` for whatever calls there are."""
+    k, plain = _check(x, y, k)
+    check_scores_dtype(scores_dtype)
+    check_normalize(normalize)
+    shape, scores_dtype = (*x.shape[:-1], k), scores_dtype or x.dtype
+    x, y = as_matrix(x), as_matrix(y)
+    if normalize is None:
+        scores, indices = _OMNI_ROUTER(x, y, k, scores_dtype, plain)
     else:
-        check_scores_dtype(scores_dtype)
-    return _OMNI_ROUTER(router_logits_x, router_logits_y, k, scores_dtype, plain)
+        _, indices = _OMNI_ROUTER(x.detach(), y.detach(), k, x.dtype, plain)
+        scores = _scores(x, y, indices, scores_dtype, normalize)
+    return (scores, indices) if len(shape) == 2 else (scores.reshape(shape), indices.reshape(shape))
+
+
+def _scores(x, y, indices, scores_dtype, normalize):
+    """The scores of chosen experts, differentiable. All that normalizes comes through here: a kernel that does it takes
+    this function's place."""
+    if normalize is None:
+        return (_PAIRS(x, y, indices).float() + reference.poison(x, y, indices.shape[1])).to(scores_dtype)
+    x, y = x.float(), y.float()  # so that gradients are rounded once
+    best = reference.best_logits(x, y)
+    sums = _PAIRS(x, y, indices, *reference.origins(*best))
+    return reference.normalize_sums(sums, x, y, *best, normalize).to(scores_dtype)
 
 
 def triton_omni_router_func(router_logits_x, router_logits_y, num_expert_sqrt, num_experts_per_token):
     """The original version, the baseline: from all N² sums, with gradients by atomics.
 
     Args:
-        router_logits_x, router_logits_y: as for `omni_router`.
+        router_logits_x, router_logits_y: (num_tokens, N), else as for `omni_router`.
         num_expert_sqrt: N, the number of their columns.
         num_experts_per_token: k, from 0 to N². From N = original.SPLIT_FROM on, more than
             original.MAX_SPLIT_EXPERTS_PER_TOKEN are routed by PyTorch.
@@ -64,6 +168,7 @@ def triton_omni_router_func(router_logits_x, router_logits_y, num_expert_sqrt, n
         TypeError, ValueError: as for `omni_router`, and for a num_expert_sqrt that is no integer or not the logits' N.
     """
     k, plain = _check(router_logits_x, router_logits_y, num_experts_per_token)
+    check_matrix(router_logits_x)
     check_expert_sqrt(num_expert_sqrt, router_logits_x)
     return _ORIGINAL(router_logits_x, router_logits_y, k, router_logits_x.dtype, plain)
 
@@ -72,7 +177,7 @@ def triton_omni_router_func_optimized(router_logits_x, router_logits_y, num_expe
     """The guide's optimized version: from all N² sums, in one tile or streamed, with gradients free of atomics.
 
     Args:
-        router_logits_x, router_logits_y: as for `omni_router`.
+        router_logits_x, router_logits_y: (num_tokens, N), else as for `omni_router`.
         num_expert_sqrt: N, the number of their columns.
         num_experts_per_token: k, from 0 to N². Above N = forward.MAX_EXPERT_SQRT, more than
             split_forward.MAX_EXPERTS_PER_TOKEN are routed by PyTorch.
@@ -84,6 +189,7 @@ def triton_omni_router_func_optimized(router_logits_x, router_logits_y, num_expe
         TypeError, ValueError: as for `omni_router`, and for a num_expert_sqrt that is no integer or not the logits' N.
     """
     k, plain = _check(router_logits_x, router_logits_y, num_experts_per_token)
+    check_matrix(router_logits_x)
     check_expert_sqrt(num_expert_sqrt, router_logits_x)
     return _OPTIMIZED(router_logits_x, router_logits_y, k, router_logits_x.dtype, plain)
 
@@ -92,7 +198,7 @@ def _check(x, y, k):
     """Raises unless the arguments are right; k as an int, and whether x and y are plain."""
     plain = is_plain(x, y)
     if not plain and isinstance(x, Tensor) and isinstance(y, Tensor):
-        assume_same_tokens(x, y)
+        assume_same_tokens(x, y, "router_logits_y")
     return check(x, y, k), plain
 
 
@@ -113,6 +219,7 @@ def _forward_optimized(x, y, k, *_):
 
 
 _OMNI_ROUTER = Router("omni_router", factored.factored_forward, backward.backward)
+_PAIRS = Pairs("omni_router_pairs", _OMNI_ROUTER)
 _TRACED = _OMNI_ROUTER.operator
 _ORIGINAL = Router("triton_omni_router_func", _forward_original, _backward_original)
 _OPTIMIZED = Router("triton_omni_router_func_optimized", _forward_optimized, backward.backward)

@@ -33,6 +33,7 @@ from omni_kernels import (
     factored_router,
     omni_router,
     reference,
+    replay,
     triton_omni_router_func,
     triton_omni_router_func_optimized,
 )
@@ -495,10 +496,8 @@ BAD_INPUTS = {
     "y is integer": (OK, OK.int(), 2, TypeError, ["router_logits_y", "torch.int32", "float32"]),
     "x is sparse": (OK.to_sparse(), OK, 2, TypeError, ["router_logits_x", "torch.sparse_coo", "dense"]),
     "y is sparse": (OK, OK.to_sparse(), 2, TypeError, ["router_logits_y", "torch.sparse_coo", "dense"]),
-    "x is 0-D": (logits(), logits(), 1, ValueError, ["router_logits_x", "()", "2-D"]),
-    "x is 1-D": (logits(3), logits(3), 2, ValueError, ["router_logits_x", "(3,)", "2-D"]),
-    "x is 3-D": (logits(2, 4, 3), logits(2, 4, 3), 2, ValueError, ["router_logits_x", "(2, 4, 3)", "2-D"]),
-    "y is 1-D": (OK, logits(3), 2, ValueError, ["router_logits_y", "(3,)", "2-D"]),
+    "x is 0-D": (logits(), logits(), 1, ValueError, ["router_logits_x", "()", "(..., num_expert_sqrt)"]),
+    "y is 1-D": (OK, logits(3), 2, ValueError, ["router_logits_y", "shape", "(4, 3)", "(3,)"]),
     "tokens differ": (OK, logits(5, 3), 2, ValueError, ["router_logits_y", "shape", "(4, 3)", "(5, 3)"]),
     "experts differ": (OK, logits(4, 2), 2, ValueError, ["router_logits_y", "shape", "(4, 3)", "(4, 2)"]),
     "broadcastable": (OK, logits(1, 3), 2, ValueError, ["router_logits_y", "shape", "(4, 3)", "(1, 3)"]),
@@ -516,6 +515,8 @@ BAD_INPUTS = {
     "k is a bool": (OK, OK, True, TypeError, ["num_experts_per_token", "True", "int"]),
     "k is a list": (OK, OK, [2], TypeError, ["num_experts_per_token", "[2]", "int"]),
 }
+OLDER = [triton_omni_router_func, triton_omni_router_func_optimized]
+NO_MATRICES = {"1-D": logits(3), "3-D": logits(2, 4, 3)}
 BAD_EXPERT_SQRT = {
     "too small": (2, ValueError, ["num_expert_sqrt", "2", "3"]),
     "too large": (4, ValueError, ["num_expert_sqrt", "4", "3"]),
@@ -548,8 +549,45 @@ def test_bad_input(x, y, k, error, words, monkeypatch):
     for router in (omni_router, factored_router, brute_force_router):
         assert_refused(lambda router=router: router(x, y, k), error, words, monkeypatch)
     num_expert_sqrt = x.shape[-1] if isinstance(x, torch.Tensor) and x.ndim else 3
-    for router in (triton_omni_router_func, triton_omni_router_func_optimized):
+    for router in OLDER:
         assert_refused(lambda router=router: router(x, y, num_expert_sqrt, k), error, words, monkeypatch)
+
+
+BAD_LOGITS = {name: case for name, case in BAD_INPUTS.items() if not name.startswith("k ")}
+INDICES = torch.zeros(4, 2, dtype=torch.int32)
+BAD_INDICES = {
+    "list": ([[1, 2]], TypeError, ["indices", "list", "torch.Tensor"]),
+    "float": (INDICES.float(), TypeError, ["indices", "torch.float32", "int32 or int64"]),
+    "short": (INDICES.short(), TypeError, ["indices", "torch.int16", "int32 or int64"]),
+    "bool": (INDICES.bool(), TypeError, ["indices", "torch.bool", "int32 or int64"]),
+    "sparse": (INDICES.to_sparse(), TypeError, ["indices", "torch.sparse_coo", "dense"]),
+    "0-D": (INDICES[0, 0], ValueError, ["indices", "()", "(4, num_experts_per_token)"]),
+    "1-D": (INDICES[0], ValueError, ["indices", "(2,)", "(4, num_experts_per_token)"]),
+    "3-D": (INDICES[None], ValueError, ["indices", "(1, 4, 2)", "(4, num_experts_per_token)"]),
+    "tokens": (INDICES[:3], ValueError, ["indices", "(3, 2)", "(4, num_experts_per_token)", "router_logits_x"]),
+    "device": (INDICES.to("meta"), ValueError, ["indices", "meta", "cpu", "router_logits_x"]),
+}
+
+
+@pytest.mark.parametrize(("x", "y", "_", "error", "words"), BAD_LOGITS.values(), ids=BAD_LOGITS.keys())
+def test_bad_logits_of_replay(x, y, _, error, words, monkeypatch):
+    assert_refused(lambda: replay(x, y, INDICES), error, words, monkeypatch)
+
+
+@pytest.mark.parametrize(("indices", "error", "words"), BAD_INDICES.values(), ids=BAD_INDICES.keys())
+def test_bad_indices(indices, error, words, monkeypatch):
+    assert_refused(lambda: replay(OK, OK, indices), error, words, monkeypatch)
+
+
+@pytest.mark.parametrize("normalize", ["sigmoid", "", True, 1, ["softmax"], np.zeros(3)], ids=repr)
+def test_bad_normalize(normalize, monkeypatch):
+    words = ["normalize", "None", "'log_softmax', 'softmax' or 'topk'", f"got {normalize!r}"]
+    for call in (
+        lambda: omni_router(OK, OK, 2, normalize=normalize),
+        lambda: brute_force_router(OK, OK, 2, normalize),
+        lambda: replay(OK, OK, INDICES, normalize=normalize),
+    ):
+        assert_refused(call, ValueError, words, monkeypatch)
 
 
 @pytest.mark.parametrize(("x", "y", "k", "error", "words"), BAD_INPUTS.values(), ids=BAD_INPUTS.keys())
@@ -557,7 +595,15 @@ def test_bad_input_of_explain(x, y, k, error, words, monkeypatch):
     assert_refused(lambda: explain(x, y, k), error, words, monkeypatch)
 
 
-@pytest.mark.parametrize("router", [triton_omni_router_func, triton_omni_router_func_optimized])
+@pytest.mark.parametrize("router", [*OLDER, factored_router, brute_force_router])
+@pytest.mark.parametrize("x", NO_MATRICES.values(), ids=NO_MATRICES)
+def test_functions_that_take_matrices_alone(router, x, monkeypatch):
+    arguments = (3, 2) if router in OLDER else (2,)
+    words = ["router_logits_x", str(tuple(x.shape)), "2-D (num_tokens, num_expert_sqrt)"]
+    assert_refused(lambda: router(x, x, *arguments), ValueError, words, monkeypatch)
+
+
+@pytest.mark.parametrize("router", OLDER)
 @pytest.mark.parametrize(("num_expert_sqrt", "error", "words"), BAD_EXPERT_SQRT.values(), ids=BAD_EXPERT_SQRT.keys())
 def test_bad_num_expert_sqrt(router, num_expert_sqrt, error, words, monkeypatch):
     assert_refused(lambda: router(OK, OK, num_expert_sqrt, 2), error, words, monkeypatch)
@@ -568,6 +614,8 @@ def test_bad_num_expert_sqrt(router, num_expert_sqrt, error, words, monkeypatch)
 def test_bad_scores_dtype(router, scores_dtype, monkeypatch):
     words = ["scores_dtype", "bfloat16", repr(scores_dtype)]
     assert_refused(lambda: router(OK, OK, 2, scores_dtype), TypeError, words, monkeypatch)
+    assert_refused(lambda: replay(OK, OK, INDICES, scores_dtype), TypeError, words, monkeypatch)
+    assert_refused(lambda: omni_router(OK, OK, 2, scores_dtype, "softmax"), TypeError, words, monkeypatch)
 
 
 @ROUTERS

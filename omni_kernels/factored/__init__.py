@@ -13,6 +13,7 @@ import torch
 from .. import reference
 from ..checks import check, check_scores_dtype
 from ..configs import device_of, has_kernels, kernel_input, on_nvidia, output_dtype
+from ..operators import as_matrix
 from . import frontier, lanes, tile
 from .plan import Launch, Launches, Plan, launch, new_matrices
 
@@ -36,7 +37,8 @@ def explain(router_logits_x, router_logits_y, num_experts_per_token, scores_dtyp
     """
     k = check(router_logits_x, router_logits_y, num_experts_per_token)
     check_scores_dtype(scores_dtype)
-    return _plan_for(router_logits_x, router_logits_y, k, scores_dtype or router_logits_x.dtype)
+    x, y = as_matrix(router_logits_x), as_matrix(router_logits_y)
+    return _plan_for(x, y, k, scores_dtype or x.dtype)
 
 
 def _plan_for(x, y, k, scores_dtype):
