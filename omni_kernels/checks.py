@@ -3,9 +3,12 @@
 import operator
 
 import torch
+from torch.compiler import is_compiling
 
 MAX_EXPERT_SQRT = 46340  # the largest N whose N² expert indices fit in int32
+MAX_INT32 = 2**31 - 1
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INDEX_DTYPES = (torch.int32, torch.int64)
 NORMALIZE = ("log_softmax", "softmax", "topk")
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -27,7 +30,7 @@ def is_usual(x, y, k):
     )
 
 
-def check(x, y, k):
+def check(x, y, k, k_name="num_experts_per_token"):
     """Raises unless x and y are logits of the same tokens, and k a number of experts that there are.
 
     Returns:
@@ -56,9 +59,9 @@ def check(x, y, k):
         raise ValueError(
             f"router_logits_x must have 1 to {MAX_EXPERT_SQRT} columns (num_expert_sqrt), got shape {tuple(x.shape)}"
         )
-    k = _integer("num_experts_per_token", k)
+    k = _integer(k_name, k)
     if not 0 <= k <= num_expert_sqrt**2:
-        raise ValueError(f"num_experts_per_token must be from 0 to num_expert_sqrt² = {num_expert_sqrt**2}, got {k}")
+        raise ValueError(f"{k_name} must be from 0 to num_expert_sqrt² = {num_expert_sqrt**2}, got {k}")
     return k
 
 
@@ -97,6 +100,64 @@ def check_normalize(normalize):
     """Raises unless it is None or one of the three ways to normalize scores."""
     if not (normalize is None or (isinstance(normalize, str) and normalize in NORMALIZE)):
         raise ValueError(f"normalize must be None, 'log_softmax', 'softmax' or 'topk', got {normalize!r}")
+
+
+def check_limit(**limits):
+    """Raises unless exactly one is not None, and that one above 0 and at most 1. Returns its name and value."""
+    given = [name for name, value in limits.items() if value is not None]
+    if len(given) != 1:
+        raise ValueError(f"exactly one of {', '.join(limits)} must be given, got {' and '.join(given) or 'none'}")
+    (name,) = given
+    value = limits[name]
+    if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat)):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__} {value!r}")
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
+    return name, value
+
+
+def check_pairs(scores, indices, counts, num_experts):
+    """Raises unless they are what a router chose among as many experts. Returns num_experts as `check` returns k."""
+    for name, tensor, dtypes, needs in (
+        ("scores", scores, DTYPES, "float32, float16 or bfloat16"),
+        ("indices", indices, INDEX_DTYPES, "int32 or int64"),
+        ("counts", counts, INDEX_DTYPES, "int32 or int64"),
+    ):
+        if tensor is None and name == "counts":
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in dtypes:
+            raise TypeError(f"{name} must be {needs}, got {tensor.dtype}")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            raise TypeError(f"{name} must be dense, got {'nested' if tensor.is_nested else tensor.layout}")
+        if name == "scores":
+            if not scores.ndim:
+                raise ValueError("scores must have shape (..., num_experts_per_token), got shape ()")
+            continue
+        shape = tuple(scores.shape if name == "indices" else scores.shape[:-1])
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} must have shape {shape}, as scores has shape {tuple(scores.shape)}, "
+                f"got shape {tuple(tensor.shape)}"
+            )
+        if tensor.device != scores.device:
+            raise ValueError(f"{name} must have the device of scores, {scores.device}, got {tensor.device}")
+    if not is_compiling() and scores.numel() > MAX_INT32:  # else compiled code were for so many tokens alone
+        raise ValueError(f"scores must have at most 2³¹ - 1 elements, got shape {tuple(scores.shape)}")
+    if type(num_experts) is not int:  # symbolic ones are, to the compiler
+        num_experts = _integer("num_experts", num_experts)
+    if not 1 <= num_experts <= MAX_INT32:
+        raise ValueError(f"num_experts must be from 1 to 2³¹ - 1, got {num_experts}")
+    return num_experts
+
+
+def check_values(name, values, low, high):
+    """Raises unless they are from low to high. Reads them all."""
+    if values.numel():
+        least, most = (int(part) for part in values.aminmax())
+        if least < low or most > high:
+            raise ValueError(f"{name} must be from {low} to {high}, got {least if least < low else most}")
 
 
 def check_indices(indices, x):

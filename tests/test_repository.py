@@ -105,6 +105,7 @@ LAYERS = [
     ["factored"],
     ["backward", "forward", "original", "split_forward"],
     ["router"],
+    ["adaptive"],
     [""],
 ]
 
