@@ -284,10 +284,10 @@ def _unpack(packed):
 def _pack_short(value, index, finite):
     """A 16-bit value and an index below 2¹⁶ as one int32 of the same order."""
     bits = (value + 0.0).view(torch.int16)
-    key = bits ^ ((bits >> 15) & 0x7FFF)
+    key = bits ^ (bits >> 15).bitwise_and_(0x7FFF)  # in place: memory that is new costs more than what is done there
     if not finite:
         key = torch.where(value == value, key, 0x7FFF)
-    return torch.add(0xFFFF - index.int(), key.int(), alpha=1 << 16)
+    return key.int().mul_(1 << 16).add_(0xFFFF - index.int())
 
 
 def _unpack_short(packed, dtype):
