@@ -152,6 +152,41 @@ def check_pairs(scores, indices, counts, num_experts):
     return num_experts
 
 
+def check_hidden(hidden, scores, backends):
+    """Raises unless they are hidden vectors of the tokens of scores, which `check_pairs` let pass, on a device that is
+    among the backends of a process group."""
+    _check_vectors("hidden", hidden, scores, "scores")
+    if not hidden.ndim or hidden.shape[:-1] != scores.shape[:-1]:
+        tokens = "".join(f"{size}, " for size in scores.shape[:-1])
+        raise ValueError(
+            f"hidden must have shape ({tokens}hidden_size), as scores has shape {tuple(scores.shape)}, "
+            f"got shape {tuple(hidden.shape)}"
+        )
+    if hidden.device.type not in backends:
+        raise ValueError(
+            f"hidden must be on a device that the group serves, {', '.join(backends)}, got {hidden.device}"
+        )
+
+
+def check_outputs(outputs, hidden, num_pairs):
+    """Raises unless they are what experts made of as many pairs of the hidden vectors that were dispatched."""
+    _check_vectors("outputs", outputs, hidden, "dispatched")
+    shape = num_pairs, hidden.shape[1]
+    if tuple(outputs.shape) != shape:
+        raise ValueError(f"outputs must have shape {shape}, a row for each pair, got shape {tuple(outputs.shape)}")
+
+
+def _check_vectors(name, vectors, other, other_name):
+    if not isinstance(vectors, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(vectors).__name__}")
+    if vectors.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, float16 or bfloat16, got {vectors.dtype}")
+    if vectors.layout != torch.strided or vectors.is_nested:
+        raise TypeError(f"{name} must be dense, got {'nested' if vectors.is_nested else vectors.layout}")
+    if vectors.device != other.device:
+        raise ValueError(f"{name} must have the device of {other_name}, {other.device}, got {vectors.device}")
+
+
 def check_values(name, values, low, high):
     """Raises unless they are from low to high. Reads them all."""
     if values.numel():
