@@ -8,7 +8,7 @@ from torch.compiler import is_compiling
 MAX_EXPERT_SQRT = 46340  # the largest N whose N² expert indices fit in int32
 MAX_INT32 = 2**31 - 1
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-INDEX_DTYPES = (torch.int32, torch.int64)
+INTEGERS = (torch.int32, torch.int64), "int32 or int64"  # of indices and counts, and how they are called
 NORMALIZE = ("log_softmax", "softmax", "topk")
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -39,12 +39,7 @@ def check(x, y, k, k_name="num_experts_per_token"):
     if is_usual(x, y, k):
         return k
     for name, logits in (("router_logits_x", x), ("router_logits_y", y)):
-        if not isinstance(logits, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(logits).__name__}")
-        if logits.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float32, float16 or bfloat16, got {logits.dtype}")
-        if logits.layout != torch.strided or logits.is_nested:
-            raise TypeError(f"{name} must be dense, got {'nested' if logits.is_nested else logits.layout}")
+        _check_tensor(name, logits)
         if not logits.ndim:
             raise ValueError(f"{name} must have shape (..., num_expert_sqrt), got shape ()")
     for what, got_x, got_y in (
@@ -77,6 +72,31 @@ def check_expert_sqrt(num_expert_sqrt, x):
     if num_expert_sqrt != x.shape[1]:
         raise ValueError(f"num_expert_sqrt must be the logits' number of columns, {x.shape[1]}, got {num_expert_sqrt}")
     return num_expert_sqrt
+
+
+def _check_tensor(name, tensor, dtypes=DTYPES, needs="float32, float16 or bfloat16"):
+    """Raises unless it is a dense tensor of one of the dtypes."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must be {needs}, got {tensor.dtype}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise TypeError(f"{name} must be dense, got {'nested' if tensor.is_nested else tensor.layout}")
+
+
+def _check_tokens(name, tensor, last, other_name, other):
+    """Raises unless its dimensions but the last, which is called so, are those of another tensor."""
+    if tensor.ndim != other.ndim or tuple(tensor.shape[:-1]) != tuple(other.shape[:-1]):
+        tokens = "".join(f"{size}, " for size in other.shape[:-1])
+        raise ValueError(
+            f"{name} must have shape ({tokens}{last}), as {other_name} has shape {tuple(other.shape)}, "
+            f"got shape {tuple(tensor.shape)}"
+        )
+
+
+def _check_device(name, tensor, other_name, other):
+    if tensor.device != other.device:
+        raise ValueError(f"{name} must have the device of {other_name}, {other.device}, got {tensor.device}")
 
 
 def _integer(name, value):
@@ -118,31 +138,19 @@ def check_limit(**limits):
 
 def check_pairs(scores, indices, counts, num_experts):
     """Raises unless they are what a router chose among as many experts. Returns num_experts as `check` returns k."""
-    for name, tensor, dtypes, needs in (
-        ("scores", scores, DTYPES, "float32, float16 or bfloat16"),
-        ("indices", indices, INDEX_DTYPES, "int32 or int64"),
-        ("counts", counts, INDEX_DTYPES, "int32 or int64"),
-    ):
+    _check_tensor("scores", scores)
+    if not scores.ndim:
+        raise ValueError("scores must have shape (..., num_experts_per_token), got shape ()")
+    for name, tensor, shape in (("indices", indices, scores.shape), ("counts", counts, scores.shape[:-1])):
         if tensor is None and name == "counts":
             continue
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in dtypes:
-            raise TypeError(f"{name} must be {needs}, got {tensor.dtype}")
-        if tensor.layout != torch.strided or tensor.is_nested:
-            raise TypeError(f"{name} must be dense, got {'nested' if tensor.is_nested else tensor.layout}")
-        if name == "scores":
-            if not scores.ndim:
-                raise ValueError("scores must have shape (..., num_experts_per_token), got shape ()")
-            continue
-        shape = tuple(scores.shape if name == "indices" else scores.shape[:-1])
-        if tuple(tensor.shape) != shape:
+        _check_tensor(name, tensor, *INTEGERS)
+        if tuple(tensor.shape) != tuple(shape):
             raise ValueError(
-                f"{name} must have shape {shape}, as scores has shape {tuple(scores.shape)}, "
+                f"{name} must have shape {tuple(shape)}, as scores has shape {tuple(scores.shape)}, "
                 f"got shape {tuple(tensor.shape)}"
             )
-        if tensor.device != scores.device:
-            raise ValueError(f"{name} must have the device of scores, {scores.device}, got {tensor.device}")
+        _check_device(name, tensor, "scores", scores)
     if not is_compiling() and scores.numel() > MAX_INT32:  # else compiled code were for so many tokens alone
         raise ValueError(f"scores must have at most 2³¹ - 1 elements, got shape {tuple(scores.shape)}")
     if type(num_experts) is not int:  # symbolic ones are, to the compiler
@@ -155,13 +163,9 @@ def check_pairs(scores, indices, counts, num_experts):
 def check_hidden(hidden, scores, backends):
     """Raises unless they are hidden vectors of the tokens of scores, which `check_pairs` let pass, on a device that is
     among the backends of a process group."""
-    _check_vectors("hidden", hidden, scores, "scores")
-    if not hidden.ndim or hidden.shape[:-1] != scores.shape[:-1]:
-        tokens = "".join(f"{size}, " for size in scores.shape[:-1])
-        raise ValueError(
-            f"hidden must have shape ({tokens}hidden_size), as scores has shape {tuple(scores.shape)}, "
-            f"got shape {tuple(hidden.shape)}"
-        )
+    _check_tensor("hidden", hidden)
+    _check_device("hidden", hidden, "scores", scores)
+    _check_tokens("hidden", hidden, "hidden_size", "scores", scores)
     if hidden.device.type not in backends:
         raise ValueError(
             f"hidden must be on a device that the group serves, {', '.join(backends)}, got {hidden.device}"
@@ -170,53 +174,24 @@ def check_hidden(hidden, scores, backends):
 
 def check_outputs(outputs, hidden, num_pairs):
     """Raises unless they are what experts made of as many pairs of the hidden vectors that were dispatched."""
-    _check_vectors("outputs", outputs, hidden, "dispatched")
+    _check_tensor("outputs", outputs)
+    _check_device("outputs", outputs, "dispatched", hidden)
     shape = num_pairs, hidden.shape[1]
     if tuple(outputs.shape) != shape:
         raise ValueError(f"outputs must have shape {shape}, a row for each pair, got shape {tuple(outputs.shape)}")
 
 
-def _check_vectors(name, vectors, other, other_name):
-    if not isinstance(vectors, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(vectors).__name__}")
-    if vectors.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float32, float16 or bfloat16, got {vectors.dtype}")
-    if vectors.layout != torch.strided or vectors.is_nested:
-        raise TypeError(f"{name} must be dense, got {'nested' if vectors.is_nested else vectors.layout}")
-    if vectors.device != other.device:
-        raise ValueError(f"{name} must have the device of {other_name}, {other.device}, got {vectors.device}")
-
-
-def check_values(name, values, low, high):
+def check_values(name, values, low, high, what_high_is=""):
     """Raises unless they are from low to high. Reads them all."""
     if values.numel():
         least, most = (int(part) for part in values.aminmax())
         if least < low or most > high:
-            raise ValueError(f"{name} must be from {low} to {high}, got {least if least < low else most}")
+            got = least if least < low else most
+            raise ValueError(f"{name} must be from {low} to {what_high_is}{high}, got {got}")
 
 
 def check_indices(indices, x):
     """Raises unless they are integers of the tokens of x, logits that `check` let pass."""
-    if not isinstance(indices, torch.Tensor):
-        raise TypeError(f"indices must be a torch.Tensor, got {type(indices).__name__}")
-    if indices.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"indices must be int32 or int64, got {indices.dtype}")
-    if indices.layout != torch.strided or indices.is_nested:
-        raise TypeError(f"indices must be dense, got {'nested' if indices.is_nested else indices.layout}")
-    if indices.ndim != x.ndim or tuple(indices.shape[:-1]) != tuple(x.shape[:-1]):
-        tokens = "".join(f"{size}, " for size in x.shape[:-1])
-        raise ValueError(
-            f"indices must have shape ({tokens}num_experts_per_token), as router_logits_x has shape {tuple(x.shape)}, "
-            f"got shape {tuple(indices.shape)}"
-        )
-    if indices.device != x.device:
-        raise ValueError(f"indices must have the device of router_logits_x, {x.device}, got {indices.device}")
-
-
-def check_range(indices, num_expert_sqrt):
-    """Raises unless they are experts. Reads them all."""
-    if indices.numel():
-        low, high = (int(part) for part in indices.aminmax())
-        if low < 0 or high >= num_expert_sqrt**2:
-            got = low if low < 0 else high
-            raise ValueError(f"indices must be from 0 to num_expert_sqrt² - 1 = {num_expert_sqrt**2 - 1}, got {got}")
+    _check_tensor("indices", indices, *INTEGERS)
+    _check_tokens("indices", indices, "num_experts_per_token", "router_logits_x", x)
+    _check_device("indices", indices, "router_logits_x", x)

@@ -340,15 +340,15 @@ def _differentiate(name, operator, function, router, trace):
 
 def _fold_into_tokens(info, in_dims, *tensors):
     """Tensors of a batch (or none) as those of its tokens, and the shape of these in the batch."""
-    batches = []
+    folded = []
     for tensor, dim in zip(tensors, in_dims, strict=False):
         if tensor is not None:
             tensor = tensor.movedim(dim, 0) if dim is not None else tensor.expand(info.batch_size, *tensor.shape)
-        batches.append(tensor)
-    folded = [batch if batch is None else batch.flatten(0, 1) for batch in batches]
-    # The backward kernel takes no strides of indices.
-    folded = [part if part is None or part.is_floating_point() else part.contiguous() for part in folded]
-    return folded, batches[0].shape[:2]
+            shape, tensor = tensor.shape[:2], tensor.flatten(0, 1)
+            if not tensor.is_floating_point():
+                tensor = tensor.contiguous()  # the backward kernel takes no strides of indices
+        folded.append(tensor)
+    return folded, shape
 
 
 def _is_traced():

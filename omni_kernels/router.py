@@ -10,8 +10,8 @@ from .checks import (
     check_indices,
     check_matrix,
     check_normalize,
-    check_range,
     check_scores_dtype,
+    check_values,
     is_usual,
 )
 from .operators import Pairs, Router, as_matrix, assume_same_tokens, is_ordinary, is_plain
@@ -120,7 +120,7 @@ def replay(router_logits_x, router_logits_y, indices, scores_dtype=None, normali
     check_scores_dtype(scores_dtype)
     check_normalize(normalize)
     if plain and indices.device.type == "cpu" and is_plain(indices, indices):
-        check_range(indices, x.shape[-1])
+        check_values("indices", indices, 0, x.shape[-1] ** 2 - 1, "num_expert_sqrt² - 1 = ")
     experts = as_matrix(indices).int().contiguous()
     scores = _scores(as_matrix(x), as_matrix(y), experts, scores_dtype or x.dtype, normalize)
     return scores.reshape(indices.shape)

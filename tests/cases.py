@@ -11,6 +11,7 @@ import pytest
 import torch
 import triton
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 
 from omni_kernels import brute_force_router
@@ -92,6 +93,18 @@ def configurations(candidates, kernel_type, *problem):
 def only(config):
     """What stands in for `configs.tuned` where one configuration is to run."""
     return lambda kernel, *_, **__: triton.autotune([config], key=[])(kernel)
+
+
+class DispatchMode(TorchDispatchMode):
+    """Notes the operators it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function)
+        return function(*args, **(kwargs or {}))
 
 
 # Inputs --------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from cases import (
     DTYPES,
     INF,
     ON_GPU,
+    DispatchMode,
     adversarial_logits,
     assert_same_bits,
     case_id,
@@ -18,7 +19,6 @@ from cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import omni_kernels
 from omni_kernels import brute_force_router, configs, explain, omni_router, operators, reference, replay
@@ -269,16 +269,6 @@ def test_second_derivatives_of_masked_tokens(dtype, normalize, device):
         assert normalize == "topk" or grad[3].any()
 
 
-class Watching(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen.append(function)
-        return function(*args, **(kwargs or {}))
-
-
 @EVERY_NORMALIZE
 @pytest.mark.usefixtures("kernels")
 def test_gradients_without_atomics(normalize, device):
@@ -295,7 +285,7 @@ def test_gradients_without_atomics(normalize, device):
         total = sum(grad.square().sum() for grad in grads)
         return *grads, *torch.autograd.grad(total, (leaf_x, leaf_y, weights), allow_unused=normalize is None)[-1:]
 
-    with Watching() as watching:
+    with DispatchMode() as watching:
         got = derivatives()
     assert OPERATORS.omni_router_backward.default in watching.seen
     names = " ".join(function.name() for function in watching.seen)

@@ -12,13 +12,12 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.utils.checkpoint
-from cases import DTYPES, ON_GPU, assert_same_bits, dtype_name, oracle_backward
+from cases import DTYPES, ON_GPU, DispatchMode, assert_same_bits, dtype_name, oracle_backward
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import functional
 from torch.func import functionalize, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import omni_kernels
@@ -171,16 +170,6 @@ class FunctionMode(TorchFunctionMode):
         self.seen = []
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.seen.append(function)
-        return function(*args, **(kwargs or {}))
-
-
-class DispatchMode(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.seen.append(function)
         return function(*args, **(kwargs or {}))
 
