@@ -65,7 +65,7 @@ def adaptive_router(
     limit, value = check_limit(top_p=top_p, min_p=min_p, threshold=threshold)
     x, y = router_logits_x, router_logits_y
     if isinstance(x, Tensor) and isinstance(y, Tensor):
-        assume_same_tokens(x, y, "router_logits_y")
+        assume_same_tokens(x, y)
     k = check(x, y, max_experts_per_token, "max_experts_per_token")
     check_scores_dtype(scores_dtype)
     scores, indices = omni_router(x, y, k, scores_dtype=torch.float32, normalize="softmax")

@@ -104,7 +104,7 @@ def _sees_functions():
     return any(type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
 
 
-def assume_same_tokens(x, other, name):
+def assume_same_tokens(x, other):
     """While tracing: token counts that only the data tells are checked when the program runs, all others by the checks
     of checks.py."""
     if x.ndim == other.ndim and (is_compiling() or SymInt in map(type, x.shape[:-1])):
@@ -112,7 +112,8 @@ def assume_same_tokens(x, other, name):
 
         for size, size_of_other in zip(x.shape[:-1], other.shape[:-1], strict=True):
             if not guard_or_false(size != size_of_other):
-                check_at_run_time(size == size_of_other, lambda: f"{name} must have the tokens of router_logits_x")
+                # PyTorch 2.11 takes no message that refers to a variable.
+                check_at_run_time(size == size_of_other, lambda: "tokens must be those of router_logits_x")
 
 
 def as_matrix(tensor):

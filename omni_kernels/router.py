@@ -115,7 +115,7 @@ def replay(router_logits_x, router_logits_y, indices, scores_dtype=None, normali
     x, y = router_logits_x, router_logits_y
     _, plain = _check(x, y, 0)
     if not plain and isinstance(indices, Tensor):
-        assume_same_tokens(x, indices, "indices")
+        assume_same_tokens(x, indices)
     check_indices(indices, x)
     check_scores_dtype(scores_dtype)
     check_normalize(normalize)
@@ -198,7 +198,7 @@ def _check(x, y, k):
     """Raises unless the arguments are right; k as an int, and whether x and y are plain."""
     plain = is_plain(x, y)
     if not plain and isinstance(x, Tensor) and isinstance(y, Tensor):
-        assume_same_tokens(x, y, "router_logits_y")
+        assume_same_tokens(x, y)
     return check(x, y, k), plain
 
 

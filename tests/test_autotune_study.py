@@ -331,10 +331,7 @@ def test_the_measured_lists_hold_a_good_configuration_for_every_recorded_problem
     held = autotune.measured_list(autotune.of_gpu(autotune.recorded_rows("autotune")))
     assert list(held.index) == [autotune.title(problem) for problem in autotune.PROBLEMS]
     assert (held["configurations"] < held["of"]).all()
-    # What is on record of the two forward kernels is of their predecessors, which had other lists.
-    listed = held[held["configurations"] > 0]
-    assert {name.split(",")[0] for name in held.index.difference(listed.index)} <= {"forward", "split forward"}
-    assert listed["time / best"].between(1, 1.02).all()
+    assert held["time / best"].between(1, 1.02).all()
 
 
 def test_an_architecture_without_measured_lists(gpu):
