@@ -14,6 +14,10 @@ its tokens, so nothing needs them:
 
 All add in slot order, starting from zero, so all give the bits of the sequential loop they stand for.
 
+Of normalized scores (factored/softmax.py) a slot adds its gradient times its probability, or what the others leave of
+it. And of a softmax over all experts every logit of a row loses its share of what the token's slots add: the program
+reads the logits for it, and still writes each byte once.
+
 Triton has no addressed access to shared memory, so the first kernel uses PTX instructions for it (factored/ptx.py).
 """
 
@@ -26,11 +30,13 @@ import triton.language as tl
 
 from .configs import device_of, kernel_input, on_nvidia, output_dtype
 from .factored.plan import Launch, Launches, Plan, launch, new_matrices
-from .factored.ptx import allocate_rows, load_words, store_words, sync_warp
+from .factored.ptx import allocate_rows, load_words, store_words, sync_warp, unpack_word
+from .factored.softmax import scale_of_row
 
 ROW_WORDS = 4096  # sums a warp holds in shared memory at once, of both factors: of 16 KiB a dozen fit an H100's SM
 MAX_TILE_M = 16  # tokens of a warp: a lane for each of their rows
 MAX_TILE_K = 64  # slots of a token staged at once
+AT_ONCE = tl.constexpr(8)  # steps whose logits a warp reads before it has written those before
 TOKENS = 32  # of a program of the other kernels
 
 _launches = Launches()
@@ -67,11 +73,42 @@ class GradientPlan(Plan):
 
     @property
     def bytes_read(self):
-        return super().bytes_written
+        saved = 4 * self.saved_numbers if self.normalize else 0
+        return super().bytes_written + saved + (super().bytes_read if self.sums_rows else 0)
 
     @property
     def bytes_written(self):
         return super().bytes_read
+
+
+@triton.jit
+def _given(grad_ptrs, saved_ptr, tokens, slots, num_tokens, mean, mask, PLAN):
+    """What slots add to their rows and columns, fp32: the gradients of their scores, or, if those are normalized, of
+    the sums. mean: of "topk", the mean of its gradients."""
+    grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)
+    if PLAN.has_weights:
+        weights = saved_ptr + num_tokens.to(tl.int64) * 4 + tokens * PLAN.k + slots
+        grad = tl.load(weights, mask=mask, other=0.0) * (grad - mean)
+    elif PLAN.sums_rows:
+        largest_x, _ = _saved_of_rows(saved_ptr, tokens, 0, mask)
+        largest_y, _ = _saved_of_rows(saved_ptr, tokens, 1, mask)
+        grad = tl.where((largest_x == float("-inf")) | (largest_y == float("-inf")), 0.0, grad)
+    return grad
+
+
+@triton.jit
+def _saved_of_rows(saved_ptr, tokens, factor, mask):
+    """The largest logit and the total of tokens' rows of a factor, 0 or 1."""
+    place = saved_ptr + tokens * 4 + factor * 2
+    return tl.load(place, mask=mask, other=0.0), tl.load(place + 1, mask=mask, other=1.0)
+
+
+@triton.jit
+def _shares(saved_ptr, tokens, factor, given, mask):
+    """slope, origin and weight: a logit of the row loses exp2(logit * slope - origin) * weight."""
+    largest, total = _saved_of_rows(saved_ptr, tokens, factor, mask)
+    slope, origin, correction = scale_of_row(largest)
+    return slope, origin, tl.where(largest == float("-inf"), 0.0, given * correction / total)
 
 
 @triton.jit
@@ -132,9 +169,42 @@ def _store_sums(pointer, OFFSET, sums, mask, DTYPE):
         )  # fmt: skip
 
 
+@triton.jit
+def _bits(numbers):
+    """A tuple of fp32 numbers as words."""
+    words = ()
+    for i in tl.static_range(len(numbers)):
+        words = words + (numbers[i].to(tl.int32, bitcast=True),)
+    return words
+
+
+@triton.jit
+def _logits_ahead(x_ptr, y_ptr, start, some, end, PLAN):
+    """The logits of the next steps, of which each lane has four columns: a tuple of words of x and of y for each. What
+    is past the end is read from before it instead."""
+    lane, words = tl.arange(0, 32), ()
+    for first in tl.static_range(some, min(some + 128 * AT_ONCE, PLAN.tokens * PLAN.tile_n), 128):
+        source = start + tl.minimum(first + lane * 4, end - 4)
+        x_words = load_words((x_ptr + source).to(tl.int64), PLAN.itemsize)
+        words = words + ((x_words, load_words((y_ptr + source).to(tl.int64), PLAN.itemsize)),)
+    return words
+
+
+@triton.jit
+def _less_shares(sums, words, shares, PLAN):
+    """Four sums without what their logits, in words, lose."""
+    slope, origin, weight, _ = _load_numbers(shares)
+    logits, less = (), ()
+    for i in tl.static_range(len(words)):
+        logits = logits + unpack_word(words[i], PLAN.element_ty)
+    for i in tl.static_range(4):
+        less = less + (tl.fma(tl.exp2(tl.fma(logits[i], slope, origin)), weight, sums[i]),)
+    return less
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def shared_kernel(
-    grad_ptr, indices_ptr, grad_x_ptr, grad_y_ptr,
+    grad_ptr, indices_ptr, grad_x_ptr, grad_y_ptr, x_ptr, y_ptr, saved_ptr,
     stride_gm, stride_gk,
     num_tokens,
     PLAN: tl.constexpr,
@@ -150,12 +220,22 @@ def shared_kernel(
     first_column = tl.program_id(0) % PLAN.pieces * TILE_N
     num_rows = tl.minimum(num_tokens - first_token, TILE_M).to(tl.int32)
 
+    # Rows of neighbouring tokens are neighbours in memory too, so a tile of whole rows is one piece.
+    own_logits = first_token * NUM_EXPERT_SQRT + first_column
+    end = tl.minimum(num_rows * TILE_N, num_rows * NUM_EXPERT_SQRT - first_column)
+    ALL: tl.constexpr = TILE_M * TILE_N
+    STEPS: tl.constexpr = 128 * AT_ONCE if PLAN.sums_rows else ALL
+    words = ()
+    if PLAN.sums_rows:
+        words = _logits_ahead(x_ptr, y_ptr, own_logits, 0, end, PLAN)
+
     # In shared memory: the rows of x, those of y; then of each token's slots the gradient, and the bytes to the row
     # and to the column. Tokens are an odd number of vectors apart, so that lanes that read down them do not collide.
     ROWS: tl.constexpr = TILE_M * TILE_N * 4
     SLOTS: tl.constexpr = (2 * ROWS + 511) // 512 * 512
     PITCH: tl.constexpr = (TILE_K + 4) * 4
-    buffer = allocate_rows(num_rows, SLOTS + 3 * TILE_M * PITCH)
+    SHARES: tl.constexpr = SLOTS + 3 * TILE_M * PITCH
+    buffer = allocate_rows(num_rows, SHARES + (512 if PLAN.sums_rows else 0))
 
     # A lane adds to one row: lane r to row r of x, lane TILE_M + r to row r of y.
     own_row = buffer + lane * (TILE_N * 4)
@@ -164,56 +244,109 @@ def shared_kernel(
     rows = tl.arange(0, TILE_M)[:, None]
     slots = tl.arange(0, TILE_K)[None, :]
     place = buffer + SLOTS + rows * PITCH + slots * 4
-    grad_ptrs = grad_ptr + (first_token + rows) * stride_gm + slots.to(tl.int64) * stride_gk
-    indices_ptrs = indices_ptr + (first_token + rows) * num_experts_per_token + slots
+    tokens = first_token + rows
+    grad_ptrs = grad_ptr + tokens * stride_gm + slots.to(tl.int64) * stride_gk
+    indices_ptrs = indices_ptr + tokens * num_experts_per_token + slots
+    mean = 0.0
+    if PLAN.normalize == "topk":
+        sums = tl.zeros((TILE_M,), tl.float32)
+        for start in range(0, num_experts_per_token, TILE_K):
+            mask = (rows < num_rows) & (start + slots < num_experts_per_token)
+            ptrs = grad_ptrs + (start + slots * 0).to(tl.int64) * stride_gk
+            sums += tl.sum(_given(ptrs, saved_ptr, tokens, start + slots, num_tokens, 0.0, mask, PLAN), 1)
+        mean = sums[:, None]
     mask = (rows < num_rows) & (slots < num_experts_per_token)
-    grad, experts = tl.load(grad_ptrs, mask=mask, other=0.0), tl.load(indices_ptrs, mask=mask, other=0)
+    grad = _given(grad_ptrs, saved_ptr, tokens, slots, num_tokens, mean, mask, PLAN)
+    experts = tl.load(indices_ptrs, mask=mask, other=0)
+    given = lane * 0.0
     zero = lane * 0
     for step in tl.static_range(SLOTS // 512):
         store_words(buffer + lane * 16 + step * 512, (zero, zero, zero, zero))
     for start in range(TILE_K, num_experts_per_token + TILE_K, TILE_K):
         sync_warp(lane)  # the slots before these have been added
-        _store_word(place, grad.to(tl.float32).to(tl.int32, bitcast=True))
+        _store_word(place, grad.to(tl.int32, bitcast=True))
         _store_word(place + TILE_M * PITCH, (experts // NUM_EXPERT_SQRT - first_column) * 4)
         _store_word(place + 2 * TILE_M * PITCH, (experts % NUM_EXPERT_SQRT - first_column) * 4)
         sync_warp(lane)
         mask = (rows < num_rows) & (start + slots < num_experts_per_token)
-        grad = tl.load(grad_ptrs + start.to(tl.int64) * stride_gk, mask=mask, other=0.0)  # while these are added
+        ptrs = grad_ptrs + start.to(tl.int64) * stride_gk
+        grad = _given(ptrs, saved_ptr, tokens, start + slots, num_tokens, mean, mask, PLAN)  # while these are added
         experts = tl.load(indices_ptrs + start, mask=mask, other=0)
         for step in tl.static_range(0, TILE_K, 4):
             offsets, values = load_words(own_offsets + step * 4, 4), _load_numbers(own_grad + step * 4)
             addresses, masks = (), ()
             for i in tl.static_range(4):
+                given += values[i]
                 mine = lane < 2 * TILE_M
                 if TILE_N < NUM_EXPERT_SQRT:
                     mine = mine & (offsets[i] >= 0) & (offsets[i] < TILE_N * 4)
                 addresses, masks = addresses + (own_row + offsets[i],), masks + (mine,)
             _add_in_order(addresses, values, masks)
+    if PLAN.sums_rows:
+        row, factor = lane % TILE_M, tl.minimum(lane // TILE_M, 1)
+        slope, origin, weight = _shares(saved_ptr, first_token + row, factor, given, row < num_rows)
+        store_words(buffer + SHARES + lane * 16, _bits((slope, -origin, -weight, given)))
     sync_warp(lane)
 
-    # Rows of neighbouring tokens are neighbours in memory too, so a tile of whole rows is one piece.
-    start = first_token * NUM_EXPERT_SQRT + first_column
-    end = tl.minimum(num_rows * TILE_N, num_rows * NUM_EXPERT_SQRT - first_column)
     DTYPE: tl.constexpr = grad_x_ptr.dtype.element_ty
-    x_out = (grad_x_ptr + start).to(tl.int64) + lane * 4 * (DTYPE.primitive_bitwidth // 8)
-    y_out = (grad_y_ptr + start).to(tl.int64) + lane * 4 * (DTYPE.primitive_bitwidth // 8)
-    for first in tl.static_range(0, TILE_M * TILE_N, 128):
-        mask = first + lane * 4 < end
-        _store_sums(x_out, first, _load_numbers(buffer + lane * 16 + first * 4), mask, DTYPE)
-        _store_sums(y_out, first, _load_numbers(buffer + lane * 16 + (ROWS + first * 4)), mask, DTYPE)
+    x_out = (grad_x_ptr + own_logits).to(tl.int64) + lane * 4 * (DTYPE.primitive_bitwidth // 8)
+    y_out = (grad_y_ptr + own_logits).to(tl.int64) + lane * 4 * (DTYPE.primitive_bitwidth // 8)
+    for some in tl.static_range(0, ALL, STEPS):
+        now = words
+        if PLAN.sums_rows and some + STEPS < ALL:
+            words = _logits_ahead(x_ptr, y_ptr, own_logits, some + STEPS, end, PLAN)
+        for first in tl.static_range(some, min(some + STEPS, ALL), 128):
+            mask = first + lane * 4 < end
+            x_sums = _load_numbers(buffer + lane * 16 + first * 4)
+            y_sums = _load_numbers(buffer + lane * 16 + (ROWS + first * 4))
+            if PLAN.sums_rows:
+                row = tl.minimum((first + lane * 4) // TILE_N, TILE_M - 1)
+                x_words, y_words = now[(first - some) // 128]
+                x_sums = _less_shares(x_sums, x_words, buffer + SHARES + row * 16, PLAN)
+                y_sums = _less_shares(y_sums, y_words, buffer + SHARES + (row + TILE_M) * 16, PLAN)
+            _store_sums(x_out, first, x_sums, mask, DTYPE)
+            _store_sums(y_out, first, y_sums, mask, DTYPE)
 
 
 @triton.jit
-def _load_slot(grad_ptr, indices_ptr, tokens, slot, stride_gm, stride_gk, num_experts_per_token, mask):
-    """One slot of every token: its gradient in fp32 and its expert."""
+def _load_slot(grad_ptr, indices_ptr, saved_ptr, tokens, slot, stride_gm, stride_gk, num_tokens, mean, mask, PLAN):
+    """One slot of every token: what it adds and its expert."""
     slots = tl.zeros_like(tokens) + slot  # 64 bits, as slot * stride_gk may need them
-    grad = tl.load(grad_ptr + tokens * stride_gm + slots * stride_gk, mask=mask, other=0.0).to(tl.float32)
-    return grad, tl.load(indices_ptr + tokens * num_experts_per_token + slot, mask=mask, other=0)
+    grad_ptrs = grad_ptr + tokens * stride_gm + slots * stride_gk
+    grad = _given(grad_ptrs, saved_ptr, tokens, slots, num_tokens, mean, mask, PLAN)
+    return grad, tl.load(indices_ptr + tokens * PLAN.k + slot, mask=mask, other=0)
+
+
+@triton.jit
+def _mean_and_shares(grad_ptr, indices_ptr, saved_ptr, tokens, stride_gm, stride_gk, num_tokens, mask, PLAN):
+    """The mean of the gradients of "topk", else 0; and of both factors' rows the shares, if they have any."""
+    given = tl.full((PLAN.tokens,), 0.0, tl.float32)
+    if PLAN.normalize is not None:
+        for slot in range(PLAN.k):
+            given += _load_slot(
+                grad_ptr, indices_ptr, saved_ptr, tokens, slot, stride_gm, stride_gk, num_tokens, 0.0, mask, PLAN
+            )[0]  # fmt: skip
+    if PLAN.sums_rows:
+        of_x, of_y = _shares(saved_ptr, tokens, 0, given, mask), _shares(saved_ptr, tokens, 1, given, mask)
+        return given * 0.0, of_x, of_y
+    else:
+        return given, (given,), (given,)
+
+
+@triton.jit
+def _lost(logits_ptr, offsets, shares, mask, PLAN):
+    """What logits, [tokens, columns], lose."""
+    if not PLAN.sums_rows:
+        return 0.0
+    else:
+        slope, origin, weight = shares
+        logits = tl.load(logits_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        return tl.exp2(tl.fma(logits, slope[:, None], -origin[:, None])) * weight[:, None]
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def scatter_kernel(
-    grad_ptr, indices_ptr, grad_x_ptr, grad_y_ptr,
+    grad_ptr, indices_ptr, grad_x_ptr, grad_y_ptr, x_ptr, y_ptr, saved_ptr,
     stride_gm, stride_gk,
     num_tokens,
     PLAN: tl.constexpr,
@@ -221,14 +354,19 @@ def scatter_kernel(
     num_expert_sqrt, num_experts_per_token = PLAN.num_expert_sqrt, PLAN.k
     tokens = tl.program_id(0).to(tl.int64) * PLAN.tokens + tl.arange(0, PLAN.tokens)
     in_batch = tokens < num_tokens
-    zeros = tl.full((PLAN.tokens, PLAN.tile_n), 0.0, grad_x_ptr.dtype.element_ty)
+    mean, x_shares, y_shares = _mean_and_shares(
+        grad_ptr, indices_ptr, saved_ptr, tokens, stride_gm, stride_gk, num_tokens, in_batch, PLAN
+    )  # fmt: skip
+    zeros = tl.full((PLAN.tokens, PLAN.tile_n), 0.0, tl.float32)
     for start in range(0, num_expert_sqrt, PLAN.tile_n):
         columns = start + tl.arange(0, PLAN.tile_n)
         mask = in_batch[:, None] & (columns < num_expert_sqrt)[None, :]
         offsets = tokens[:, None] * num_expert_sqrt + columns[None, :]
-        tl.store(grad_x_ptr + offsets, zeros, mask=mask)
-        tl.store(grad_y_ptr + offsets, zeros, mask=mask)
-    tl.debug_barrier()  # the sums below must land on the zeros, not under them
+        x_grad = zeros - _lost(x_ptr, offsets, x_shares, mask, PLAN)
+        y_grad = zeros - _lost(y_ptr, offsets, y_shares, mask, PLAN)
+        tl.store(grad_x_ptr + offsets, x_grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
+        tl.store(grad_y_ptr + offsets, y_grad.to(grad_y_ptr.dtype.element_ty), mask=mask)
+    tl.debug_barrier()  # the sums below must land on these, not under them
 
     for start in range(0, num_experts_per_token, PLAN.tile_k):
         slots = start + tl.arange(0, PLAN.tile_k)
@@ -239,18 +377,20 @@ def scatter_kernel(
         sum_y = tl.full((PLAN.tokens, PLAN.tile_k), 0.0, tl.float32)
         for slot in range(num_experts_per_token):
             grad, expert = _load_slot(
-                grad_ptr, indices_ptr, tokens, slot, stride_gm, stride_gk, num_experts_per_token, in_batch
+                grad_ptr, indices_ptr, saved_ptr, tokens, slot, stride_gm, stride_gk, num_tokens, mean, in_batch, PLAN
             )
             sum_x += tl.where(rows == (expert // num_expert_sqrt)[:, None], grad[:, None], 0.0)
             sum_y += tl.where(columns == (expert % num_expert_sqrt)[:, None], grad[:, None], 0.0)
         row_start = tokens[:, None] * num_expert_sqrt
+        sum_x -= _lost(x_ptr, row_start + rows, x_shares, mask, PLAN)
+        sum_y -= _lost(y_ptr, row_start + columns, y_shares, mask, PLAN)
         tl.store(grad_x_ptr + row_start + rows, sum_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
         tl.store(grad_y_ptr + row_start + columns, sum_y.to(grad_y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def dense_kernel(
-    grad_ptr, indices_ptr, grad_x_ptr, grad_y_ptr,
+    grad_ptr, indices_ptr, grad_x_ptr, grad_y_ptr, x_ptr, y_ptr, saved_ptr,
     stride_gm, stride_gk,
     num_tokens,
     PLAN: tl.constexpr,
@@ -258,23 +398,30 @@ def dense_kernel(
     num_expert_sqrt, num_experts_per_token = PLAN.num_expert_sqrt, PLAN.k
     tokens = tl.program_id(0).to(tl.int64) * PLAN.tokens + tl.arange(0, PLAN.tokens)
     in_batch = tokens < num_tokens
+    mean, x_shares, y_shares = _mean_and_shares(
+        grad_ptr, indices_ptr, saved_ptr, tokens, stride_gm, stride_gk, num_tokens, in_batch, PLAN
+    )  # fmt: skip
     for start in range(0, num_expert_sqrt, PLAN.tile_n):
         columns = start + tl.arange(0, PLAN.tile_n)
         sum_x = tl.full((PLAN.tokens, PLAN.tile_n), 0.0, tl.float32)
         sum_y = tl.full((PLAN.tokens, PLAN.tile_n), 0.0, tl.float32)
         for slot in range(num_experts_per_token):
             grad, expert = _load_slot(
-                grad_ptr, indices_ptr, tokens, slot, stride_gm, stride_gk, num_experts_per_token, in_batch
+                grad_ptr, indices_ptr, saved_ptr, tokens, slot, stride_gm, stride_gk, num_tokens, mean, in_batch, PLAN
             )
             sum_x += tl.where((expert // num_expert_sqrt)[:, None] == columns[None, :], grad[:, None], 0.0)
             sum_y += tl.where((expert % num_expert_sqrt)[:, None] == columns[None, :], grad[:, None], 0.0)
         mask = in_batch[:, None] & (columns < num_expert_sqrt)[None, :]
         offsets = tokens[:, None] * num_expert_sqrt + columns[None, :]
+        sum_x -= _lost(x_ptr, offsets, x_shares, mask, PLAN)
+        sum_y -= _lost(y_ptr, offsets, y_shares, mask, PLAN)
         tl.store(grad_x_ptr + offsets, sum_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
         tl.store(grad_y_ptr + offsets, sum_y.to(grad_y_ptr.dtype.element_ty), mask=mask)
 
 
-def backward(grad_scores, indices, num_expert_sqrt, dtype=None, out=None):
+def backward(
+    grad_scores, indices, num_expert_sqrt, dtype=None, out=None, normalize=None, logits=(None, None), saved=None
+):
     """The gradients of both factors, from the gradient of the scores. Any k; the same bits on every run.
 
     Args:
@@ -284,6 +431,9 @@ def backward(grad_scores, indices, num_expert_sqrt, dtype=None, out=None):
         num_expert_sqrt: N.
         dtype: of the gradients: fp32, fp16 or bf16; grad_scores' unless given.
         out: what may be written and returned: grad_x and grad_y, contiguous, from multiples of 16 bytes on.
+        normalize: what became of the scores, and if anything did:
+        logits: x and y, (num_tokens, N), in dtype, any strides.
+        saved: what the forward pass saved (factored/plan.py).
 
     Returns:
         grad_x, grad_y: (num_tokens, N), accumulated in fp32 and rounded once.
@@ -291,45 +441,54 @@ def backward(grad_scores, indices, num_expert_sqrt, dtype=None, out=None):
     grad, (num_tokens, k), dtype = grad_scores, grad_scores.shape, dtype or grad_scores.dtype
     if grad.is_neg():  # a sign that PyTorch has put off
         grad = grad.resolve_neg()
-    strides = grad.stride()
+    strides, x, y = grad.stride(), *map(_in_vectors, logits)
     problem = (grad.get_device(), num_expert_sqrt, k, grad.dtype, dtype, strides, grad.data_ptr() % 16,
-               indices.data_ptr() % 16, num_tokens >> 31)  # fmt: skip
+               indices.data_ptr() % 16, num_tokens >> 31, normalize)  # fmt: skip
     known = _launches.get(problem)
     if known is None:
-        plan = plan_for(grad, num_expert_sqrt, dtype)
+        plan = plan_for(grad, num_expert_sqrt, dtype, normalize)
         if not on_nvidia(grad.device):
-            return run(plan, grad, indices)
+            return run(plan, grad, indices, (x, y), saved)
         known = Launch(plan, grad.get_device())
         _launches.keep(problem, known)
     grad_x, grad_y = out = out or new_matrices(grad, num_tokens, num_expert_sqrt, dtype, dtype)
-    known(grad, indices, grad_x, grad_y, *strides, num_tokens)
+    known((grad, indices, grad_x, grad_y, x, y, saved), *strides, num_tokens)
     return out
 
 
-def run(plan, grad_scores, indices):
+def _in_vectors(logits):
+    """Contiguous rows, from a multiple of 16 bytes on; None stays None."""
+    if logits is None or (logits.is_contiguous() and logits.data_ptr() % 16 == 0 and not logits.is_neg()):
+        return logits
+    return logits.resolve_neg().clone(memory_format=torch.contiguous_format)
+
+
+def run(plan, grad_scores, indices, logits=(None, None), saved=None):
     """The gradients of both factors by a plan, that of `plan_for` or another."""
     grad, shape = kernel_input(grad_scores), (len(grad_scores), plan.num_expert_sqrt)
     grad_x, grad_y = (torch.empty(shape, dtype=output_dtype(plan.dtype), device=grad.device) for _ in range(2))
     with device_of(grad):
-        launch(plan, grad, indices, grad_x, grad_y, *grad.stride(), len(grad))
+        x, y = (part if part is None else kernel_input(part) for part in logits)
+        launch(plan, grad, indices, grad_x, grad_y, x, y, saved, *grad.stride(), len(grad))
     return grad_x.to(plan.dtype), grad_y.to(plan.dtype)
 
 
-def plan_for(grad_scores, num_expert_sqrt, dtype):
+def plan_for(grad_scores, num_expert_sqrt, dtype, normalize=None):
     """The plan for a gradient of some scores and logits of a dtype."""
     k, whole_vectors = grad_scores.shape[1], num_expert_sqrt % 4 == 0
     shared = whole_vectors and on_nvidia(grad_scores.device)
-    return plan_of(num_expert_sqrt, k, dtype, grad_scores.dtype, shared)
+    return plan_of(num_expert_sqrt, k, dtype, grad_scores.dtype, shared, normalize)
 
 
 @functools.cache
-def plan_of(num_expert_sqrt, k, dtype, scores_dtype, shared):
+def plan_of(num_expert_sqrt, k, dtype, scores_dtype, shared, normalize=None):
     """The plan of a problem; shared: whether shared_kernel takes it."""
     problem = num_expert_sqrt, k, dtype, scores_dtype
     if shared:  # as many whole rows as fit, or a piece of one; no slot is staged by two lanes
         tokens = min(max(ROW_WORDS // (2 * triton.next_power_of_2(num_expert_sqrt)), 1), MAX_TILE_M)
         tile_k = min(max(triton.next_power_of_2(k), 4, 32 // tokens), MAX_TILE_K)
-        return GradientPlan(*problem, 1, "shared", tokens, min(num_expert_sqrt, ROW_WORDS // 2), tile_k)
+        sizes = "shared", tokens, min(num_expert_sqrt, ROW_WORDS // 2), tile_k
+        return GradientPlan(*problem, 1, *sizes, normalize=normalize)
     if num_expert_sqrt > k:
-        return GradientPlan(*problem, 4, "scatter", TOKENS, 128, 16)
-    return GradientPlan(*problem, 4, "dense", TOKENS, 64, 1)
+        return GradientPlan(*problem, 4, "scatter", TOKENS, 128, 16, normalize=normalize)
+    return GradientPlan(*problem, 4, "dense", TOKENS, 64, 1, normalize=normalize)

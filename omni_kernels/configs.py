@@ -367,7 +367,7 @@ def _build_launcher(driver, kernel, args):
     for parameter, arg in itertools.zip_longest(kernel.params, args):
         if isinstance(arg, torch.dtype) or hasattr(arg, "dtype"):
             kind = "*i8"  # any pointer
-        elif parameter.is_constexpr or (arg == 1 and not parameter.do_not_specialize):
+        elif arg is None or (arg == 1 and not parameter.do_not_specialize):
             kind = "constexpr"
         else:
             kind = "i64" if arg >> 31 else "i32"

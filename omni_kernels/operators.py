@@ -78,6 +78,32 @@ class Pairs:
         return self.operator(_of_this_level(x), y, indices, origin_x, origin_y)
 
 
+class Scores:
+    """Normalized scores by kernels, in eager mode; `trace(x, y, indices, scores_dtype, normalize)` gives the same of
+    chosen experts in operators, for those who want more derivatives than one.
+
+    kernels: the module factored, and the backward kernel. Calls take checked, plain arguments that `take` takes.
+    """
+
+    def __init__(self, kernels, backward_kernel, trace):
+        self.kernels, self.backward_kernel, self.trace = kernels, backward_kernel, trace
+
+    def take(self, x, k):
+        return has_kernels(x) and self.kernels.normalizes(x, k)
+
+    def __call__(self, x, y, k, scores_dtype, normalize, indices=None):
+        """Scores and indices of the k best experts, or of those chosen before."""
+        if (x.requires_grad or y.requires_grad) and torch.is_grad_enabled():
+            return _apply_scores(x, y, k, scores_dtype, normalize, indices, self)
+        saved = None if indices is None else self.kernels.room_to_save(x, k, normalize)
+        return self.run(x, y, k, scores_dtype, normalize, indices, saved)
+
+    def run(self, x, y, k, scores_dtype, normalize, indices, saved):
+        if indices is None:
+            return self.kernels.factored_forward(x, y, k, scores_dtype, None, normalize, saved)
+        return self.kernels.replay_pairs(x, y, indices, scores_dtype, normalize, saved), indices
+
+
 def _of_this_level(x):
     """Compiled with tangents, a copy: PyTorch compiles again where the level changes, but its cache of graphs does not
     ask for the level, so this must be another graph than the one without tangents."""
@@ -173,6 +199,36 @@ class _EagerRoute(torch.autograd.Function):
         return grad_x, grad_y, None, None, None
 
 
+class _EagerScores(torch.autograd.Function):
+    """A call in eager mode that normalizes."""
+
+    @staticmethod
+    def forward(ctx, x, y, k, scores_dtype, normalize, indices, kernels):
+        saved = kernels.kernels.room_to_save(x, k, normalize)
+        scores, indices = kernels.run(x, y, k, scores_dtype, normalize, indices, saved)
+        ctx.save_for_backward(x, y, indices, saved)
+        ctx.mark_non_differentiable(indices)
+        ctx.set_materialize_grads(False)
+        ctx.rest = scores_dtype, normalize, kernels
+        return scores, indices
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        if grad is None:
+            return (None,) * 7
+        x, y, indices, saved = ctx.saved_tensors
+        scores_dtype, normalize, kernels = ctx.rest
+        if torch.is_grad_enabled() or not is_plain(grad, indices) or _C._functorch.is_legacy_batchedtensor(grad):
+            wanted = [factor for factor in (x, y) if factor.requires_grad]
+            with torch.enable_grad():
+                scores = kernels.trace(x, y, indices, scores_dtype, normalize)
+            found = iter(torch.autograd.grad(scores, wanted, grad, create_graph=torch.is_grad_enabled()))
+            grads = [next(found) if factor.requires_grad else None for factor in (x, y)]
+        else:
+            grads = kernels.backward_kernel(grad, indices, x.shape[1], x.dtype, None, normalize, (x, y), saved)
+        return *grads, None, None, None, None, None
+
+
 class _Route(torch.autograd.Function):
     """The operator that routes."""
 
@@ -258,6 +314,7 @@ def _sums_of_pairs(x, y, experts, num_expert_sqrt, dtype):
 # Function.apply would look up and unwrap things that nobody has here, for half the time of a call, and would not take
 # an operator of one level of torch.func's transforms.
 _apply_eagerly = super(torch.autograd.Function, _EagerRoute).apply
+_apply_scores = super(torch.autograd.Function, _EagerScores).apply
 
 
 # The operators -------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from .checks import (
     check_values,
     is_usual,
 )
-from .operators import Pairs, Router, as_matrix, assume_same_tokens, is_ordinary, is_plain
+from .operators import Pairs, Router, Scores, as_matrix, assume_same_tokens, is_ordinary, is_plain
 
 
 def omni_router(router_logits_x, router_logits_y, num_experts_per_token, scores_dtype=None, normalize=None):
@@ -121,8 +121,12 @@ def replay(router_logits_x, router_logits_y, indices, scores_dtype=None, normali
     check_normalize(normalize)
     if plain and indices.device.type == "cpu" and is_plain(indices, indices):
         check_values("indices", indices, 0, x.shape[-1] ** 2 - 1, "num_expert_sqrt² - 1 = ")
-    experts = as_matrix(indices).int().contiguous()
-    scores = _scores(as_matrix(x), as_matrix(y), experts, scores_dtype or x.dtype, normalize)
+    experts, scores_dtype = as_matrix(indices).int().contiguous(), scores_dtype or x.dtype
+    x, y, k = as_matrix(x), as_matrix(y), experts.shape[1]
+    if normalize is not None and plain and is_plain(indices, indices) and _NORMALIZED.take(x, k):
+        scores, _ = _NORMALIZED(x, y, k, scores_dtype, normalize, experts)
+    else:
+        scores = _scores(x, y, experts, scores_dtype, normalize)
     return scores.reshape(indices.shape)
 
 
@@ -135,6 +139,8 @@ def _route(x, y, k, scores_dtype, normalize):
     x, y = as_matrix(x), as_matrix(y)
     if normalize is None:
         scores, indices = _OMNI_ROUTER(x, y, k, scores_dtype, plain)
+    elif plain and _NORMALIZED.take(x, k):
+        scores, indices = _NORMALIZED(x, y, k, scores_dtype, normalize)
     else:
         _, indices = _OMNI_ROUTER(x.detach(), y.detach(), k, x.dtype, plain)
         scores = _scores(x, y, indices, scores_dtype, normalize)
@@ -142,8 +148,7 @@ def _route(x, y, k, scores_dtype, normalize):
 
 
 def _scores(x, y, indices, scores_dtype, normalize):
-    """The scores of chosen experts, differentiable. All that normalizes comes through here: a kernel that does it takes
-    this function's place."""
+    """The scores of chosen experts in PyTorch, differentiable as often as anybody likes."""
     if normalize is None:
         return (_PAIRS(x, y, indices).float() + reference.poison(x, y, indices.shape[1])).to(scores_dtype)
     x, y = x.float(), y.float()  # so that gradients are rounded once
@@ -220,6 +225,7 @@ def _forward_optimized(x, y, k, *_):
 
 _OMNI_ROUTER = Router("omni_router", factored.factored_forward, backward.backward)
 _PAIRS = Pairs("omni_router_pairs", _OMNI_ROUTER)
+_NORMALIZED = Scores(factored, backward.backward, _scores)
 _TRACED = _OMNI_ROUTER.operator
 _ORIGINAL = Router("triton_omni_router_func", _forward_original, _backward_original)
 _OPTIMIZED = Router("triton_omni_router_func_optimized", _forward_optimized, backward.backward)

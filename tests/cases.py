@@ -61,7 +61,11 @@ def compile_plan(plan, arch=90, **constants):
     logits, scores = POINTERS[plan.dtype], POINTERS[plan.scores_dtype]
     pointers = dict.fromkeys(("x_ptr", "y_ptr", "grad_x_ptr", "grad_y_ptr"), logits)
     pointers |= {"scores_ptr": scores, "grad_ptr": scores, "indices_ptr": "*i32"}
-    constants = {"PLAN": plan, **constants}
+    pointers["saved_ptr"] = "*fp32"
+    if plan.normalize is None:  # a gradient then needs no logits either
+        absent = ("x_ptr", "y_ptr", "saved_ptr") if "grad_ptr" in plan.kernel.arg_names else ("saved_ptr",)
+        constants = dict.fromkeys(absent) | constants
+    constants = {"PLAN": plan} | constants
     return compile_for(arch, plan.kernel, pointers, constants, num_warps=plan.num_warps, **OPTIONS)
 
 
@@ -372,3 +376,37 @@ def rounding_ties(x, y, k):
     run = torch.cat((torch.zeros_like(order[:, :1]), (~same).cumsum(1)), dim=1)
     rounded_in_run = torch.zeros_like(order).scatter_add(1, run[:, 1:], rounded.long())
     return rounded_in_run.gather(1, run)[:, :k] > 0
+
+
+def oracle_scores(x, y, indices, normalize):
+    """Of any experts, in numpy's fp64, token by token. For "topk" the experts must be the router's."""
+    scores = []
+    for row_x, row_y, experts in zip(*(part.detach().double().cpu().numpy() for part in (x, y, indices)), strict=True):
+        rows, columns = np.divmod(experts.astype(int), len(row_x))
+        with np.errstate(all="ignore"):
+            best = np.float32(row_x.max()) + np.float32(row_y.max())
+            if not max(row_x.max(), row_y.max()) < INF or (normalize == "topk" and not best < INF):
+                scores.append(np.full(len(experts), np.nan))
+            elif min(row_x.max(), row_y.max()) == -INF:
+                scores.append(np.full(len(experts), -INF if normalize == "log_softmax" else 0.0))
+            else:
+                row_x, row_y = row_x - row_x.max(), row_y - row_y.max()
+                sums = row_x[rows] + row_y[columns]
+                total = np.exp(sums).sum() if normalize == "topk" else np.exp(row_x).sum() * np.exp(row_y).sum()
+                logs = sums - np.log(total)
+                scores.append(logs if normalize == "log_softmax" else np.exp(logs))
+    return torch.from_numpy(np.array(scores)).view(indices.shape)
+
+
+def assert_accurate(got, want, normalize):
+    """Within what is promised before the scores are rounded, and half a unit in their last place for rounding them (by
+    way of fp32)."""
+    finfo = torch.finfo(got.dtype)
+    got, size = got.detach().double().cpu(), want.abs()
+    assert torch.equal(got.isnan(), want.isnan())
+    bound = 1e-6 * size.clamp(min=1) if normalize == "log_softmax" else 2e-6 * size
+    bound = bound + (finfo.eps + 2**-23) / 2 * size + finfo.smallest_normal * finfo.eps
+    too_large = size + bound > finfo.max  # infinite, or about to be
+    assert torch.equal(got[too_large].isinf(), want[too_large].abs() > finfo.max)
+    error = (got - want).abs()[~too_large & ~want.isnan()]
+    assert (error <= bound[~too_large & ~want.isnan()]).all()

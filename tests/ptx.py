@@ -157,6 +157,12 @@ def maximum_nan(a, b):
     return np.where(np.isnan(a), a, np.where(np.isnan(b), b, maximum(a, b)))
 
 
+def clamped_integer(a, kind):
+    """Floats as integers, towards zero; NaN as 0, what is too large as the largest."""
+    largest, a = np.iinfo(kind).max, np.trunc(np.nan_to_num(a.astype(np.float64)))
+    return np.where(a >= largest, largest, np.maximum(a, np.iinfo(kind).min).astype(kind))
+
+
 INTEGERS = {
     "add": np.add, "sub": np.subtract, "neg": np.negative, "abs": np.abs, "min": np.minimum, "max": np.maximum,
     "mul.lo": np.multiply, "mul.hi": high_product, "mul.wide": lambda a, b: wide(a) * wide(b),
@@ -176,6 +182,8 @@ FLOATS = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "fma": fused, "neg": np.negative, "abs": np.abs,
     "max": maximum, "min": lambda a, b: -maximum(-a, -b), "max.NaN": maximum_nan,
     "min.NaN": lambda a, b: -maximum_nan(-a, -b),
+    "ex2.approx": np.exp2, "ex2.approx.ftz": np.exp2, "lg2.approx": np.log2, "div.full": np.divide,
+    "fma.ftz": fused, "lg2.approx.ftz": np.log2, "div.full.ftz": np.divide,  # nothing here has subnormals that count
 }  # fmt: skip
 COMPARISONS = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
@@ -192,6 +200,8 @@ def arithmetic(op, modifiers, kind):
     if op == "cvt" and "f" in modifiers[-1] and modifiers[:-1] in ([], ["rn"]):
         number = np.float32 if modifiers[-1] == "f32" else np.float64
         return lambda *parts: np.stack(parts[::-1], 1).squeeze().astype(number), rounder(modifiers[-1])
+    if op == "cvt" and modifiers[0] == "rzi" and "f" in kind:
+        return lambda a: clamped_integer(a, TYPES[modifiers[1]]), pattern
     if op == "cvt" and "f" not in kind:
         (target,) = modifiers
         return lambda a: a.astype(TYPES[target]), pattern
@@ -252,7 +262,7 @@ def parse(ptx):
                 constants |= {name: pattern(private + place) for name, place in places.items()}
                 return Kernel(num_threads, instructions, labels, constants, shared_bytes, private_bytes)
         statement = statement.strip()
-        if private := re.match(r"\.local \.align \d+ \.b8 ([$\w]+)\[(\d+)\]", statement):
+        if private := re.match(r"\.local \.align \d+ \.b8\s+([$\w]+)\[(\d+)\]", statement):
             scopes[-1][private[1]] = name = f"{private[1]}#{num_scopes}"
             places[name] = private_bytes
             private_bytes += int(private[2]) + -int(private[2]) % 8

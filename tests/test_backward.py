@@ -173,7 +173,7 @@ def test_agrees_with_pytorch(num_expert_sqrt, k, dtype, device):
 
 # The kernel for NVIDIA GPUs ------------------------------------------------------------------------------------------
 
-GRAD, INDICES, GRAD_X, GRAD_Y = (i << 40 for i in range(1, 5))
+GRAD, INDICES, GRAD_X, GRAD_Y, X, Y, SAVED = (i << 40 for i in range(1, 8))
 FP32, FP16, BF16 = DTYPES
 # dtype of the scores and of the logits, N, k, tokens, tile_k, tile_n: whole rows and pieces, the last one shorter;
 # slots in one go and in several; fewer rows than lanes and as many.
@@ -185,11 +185,16 @@ PTX_CASES = [
     (FP32, BF16, 64, 40, 2, 16, 64),
     (FP32, FP32, 200, 31, 1, 32, 64),
     (BF16, BF16, 4, 1, 16, 4, 4),
+    (BF16, BF16, 64, 16, 16, 16, 64, "softmax"),
+    (FP32, BF16, 256, 5, 8, 8, 256, "log_softmax"),
+    (FP16, FP16, 100, 5, 16, 8, 100, "softmax"),
+    (FP32, FP32, 200, 31, 1, 32, 64, "softmax"),
+    (FP32, FP32, 12, 40, 4, 16, 12, "topk"),
 ]
 
 
-def shared_plan(scores_dtype, dtype, num_expert_sqrt, k, tokens, tile_k, tile_n):
-    plan = plan_of(num_expert_sqrt, k, dtype, scores_dtype, True)
+def shared_plan(scores_dtype, dtype, num_expert_sqrt, k, tokens, tile_k, tile_n, normalize=None):
+    plan = plan_of(num_expert_sqrt, k, dtype, scores_dtype, True, normalize)
     return dataclasses.replace(plan, tokens=tokens, tile_k=tile_k, tile_n=tile_n)
 
 
@@ -198,7 +203,10 @@ def programs(tmp_path_factory):
     return [parse(ptx) for ptx in compiled_by(__file__, tmp_path_factory.mktemp("cache"))]
 
 
-@pytest.mark.parametrize("case", range(len(PTX_CASES)), ids=["-".join(map(case_id, case)) for case in PTX_CASES])
+RAW = [i for i, case in enumerate(PTX_CASES) if len(case) == 7]
+
+
+@pytest.mark.parametrize("case", RAW, ids=["-".join(map(case_id, PTX_CASES[i])) for i in RAW])
 def test_compiled_code(case, programs):
     """All tokens of a batch that ends inside a tile, in a wider tensor."""
     plan = shared_plan(*PTX_CASES[case])
@@ -214,6 +222,43 @@ def test_compiled_code(case, programs):
         run_program(programs[case], [*tensors, 2 * k, 2, len(grad)], memory, program_id=program)
     want = oracle_backward(grad.float(), indices, plan.num_expert_sqrt)
     assert_same_bits(outputs, [part.to(plan.dtype) for part in want])
+
+
+def run_normalized(plan, program, grad, indices, wide):
+    """The gradients of both factors, and those of autograd's own functions in fp64."""
+    x, y = (torch.randn(len(grad), plan.num_expert_sqrt).mul(3).to(plan.dtype) for _ in range(2))
+    x[1, 1:], y[2] = -INF, -INF  # masked, and one token altogether
+    rows, columns = indices.long() // plan.num_expert_sqrt, indices.long() % plan.num_expert_sqrt
+    leaves = [part.double().requires_grad_() for part in (x, y)]
+    sums = leaves[0].gather(1, rows) + leaves[1].gather(1, columns)
+    logs = sums - sum(leaf.logsumexp(1, keepdim=True) for leaf in leaves)
+    scores = {"softmax": logs.exp(), "log_softmax": logs, "topk": sums.softmax(1)}[plan.normalize]
+    alive = [token for token in range(len(grad)) if token != 2]
+    want = torch.autograd.grad(scores[alive], leaves, grad[alive].double())
+    largest = torch.stack((x, y), 1).float().amax(2)
+    totals = (torch.stack((x, y), 1).float() - largest.nan_to_num(neginf=0.0)[..., None]).exp().sum(2)
+    weights = scores.detach().float().nan_to_num(0.0) if plan.has_weights else torch.empty(0)
+    saved = torch.cat((torch.stack((largest, totals), 2).flatten(), weights.flatten()))
+    outputs = torch.full((2, len(grad), plan.num_expert_sqrt), NAN, dtype=plan.dtype)
+    tensors = {GRAD: wide, INDICES: indices, GRAD_X: outputs[0], GRAD_Y: outputs[1], X: x, Y: y, SAVED: saved}
+    memory = {address: tensor.view(torch.uint8).numpy().reshape(-1) for address, tensor in tensors.items()}
+    for number in range(plan.grid(len(grad))):
+        run_program(program, [*tensors, 2 * plan.k, 2, len(grad)], memory, program_id=number)
+    return outputs, [part.index_fill(0, torch.tensor(2), 0.0) for part in want]
+
+
+@pytest.mark.parametrize(
+    "case", [i for i, case in enumerate(PTX_CASES) if len(case) > 7], ids=lambda i: PTX_CASES[i][-1]
+)
+def test_compiled_code_of_normalized_scores(case, programs):
+    plan = shared_plan(*PTX_CASES[case])
+    grad, indices = problem(plan.tokens + 3 + plan.tokens // 2, plan.num_expert_sqrt, plan.k, plan.scores_dtype, "cpu")
+    wide = torch.full((len(grad), 2 * plan.k), NAN, dtype=grad.dtype)
+    wide[:, ::2] = grad
+    for got, right in zip(*run_normalized(plan, programs[case], grad, indices, wide), strict=True):
+        size = grad.double().abs().sum(1, keepdim=True)
+        error = (got.double() - right).abs() - torch.finfo(plan.dtype).eps / 2 * right.abs()
+        assert (error <= 3e-7 * size + torch.finfo(plan.dtype).tiny).all()
 
 
 @pytest.mark.parametrize("num_expert_sqrt", [4, 64, 100, 256, 1024, 2048, 4096, 46340])

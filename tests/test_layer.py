@@ -2,7 +2,6 @@
 
 import functools
 
-import numpy as np
 import pytest
 import torch
 from cases import (
@@ -11,11 +10,13 @@ from cases import (
     ON_GPU,
     DispatchMode,
     adversarial_logits,
+    assert_accurate,
     assert_same_bits,
     case_id,
     dtype_name,
     factors,
     oracle_backward,
+    oracle_scores,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -63,40 +64,6 @@ def gradients(function, x, y, grad):
 
 
 # Oracles -------------------------------------------------------------------------------------------------------------
-
-
-def oracle_scores(x, y, indices, normalize):
-    """Of any experts, in numpy's fp64, token by token. For "topk" the experts must be the router's."""
-    scores = []
-    for row_x, row_y, experts in zip(*(part.detach().double().cpu().numpy() for part in (x, y, indices)), strict=True):
-        rows, columns = np.divmod(experts.astype(int), len(row_x))
-        with np.errstate(all="ignore"):
-            best = np.float32(row_x.max()) + np.float32(row_y.max())
-            if not max(row_x.max(), row_y.max()) < INF or (normalize == "topk" and not best < INF):
-                scores.append(np.full(len(experts), np.nan))
-            elif min(row_x.max(), row_y.max()) == -INF:
-                scores.append(np.full(len(experts), -INF if normalize == "log_softmax" else 0.0))
-            else:
-                row_x, row_y = row_x - row_x.max(), row_y - row_y.max()
-                sums = row_x[rows] + row_y[columns]
-                total = np.exp(sums).sum() if normalize == "topk" else np.exp(row_x).sum() * np.exp(row_y).sum()
-                logs = sums - np.log(total)
-                scores.append(logs if normalize == "log_softmax" else np.exp(logs))
-    return torch.from_numpy(np.array(scores)).view(indices.shape)
-
-
-def assert_accurate(got, want, normalize):
-    """Within what is promised before the scores are rounded, and half a unit in their last place for rounding them (by
-    way of fp32)."""
-    finfo = torch.finfo(got.dtype)
-    got, size = got.detach().double().cpu(), want.abs()
-    assert torch.equal(got.isnan(), want.isnan())
-    bound = 1e-6 * size.clamp(min=1) if normalize == "log_softmax" else 2e-6 * size
-    bound = bound + (finfo.eps + 2**-23) / 2 * size + finfo.smallest_normal * finfo.eps
-    too_large = size + bound > finfo.max  # infinite, or about to be
-    assert torch.equal(got[too_large].isinf(), want[too_large].abs() > finfo.max)
-    error = (got - want).abs()[~too_large & ~want.isnan()]
-    assert (error <= bound[~too_large & ~want.isnan()]).all()
 
 
 def naive(x, y, indices, normalize):

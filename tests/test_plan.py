@@ -123,9 +123,9 @@ triton.knobs.runtime.jit_post_compile_hook = lambda **info: seen.append(
 x, scores = torch.zeros(4, 8).half(), torch.zeros(4, 3).half()
 indices = scores.int()
 for plan, args in (
-    (lanes.plan_of(8, 3, x.dtype, x.dtype, 16, False, True, 2), (x, x, scores, indices, 8, 1, 8, 1, 4)),
-    (tile.plan_for(x, x, 3, x.dtype), (x, x, scores, indices, 8, 2, 1, 1 << 31, 1)),
-    (backward.plan_of(8, 3, x.dtype, x.dtype, False), (scores, indices, x, x, 3, 1, 4)),
+    (lanes.plan_of(8, 3, x.dtype, x.dtype, 16, False, True, 2), (x, x, scores, indices, None, 8, 1, 8, 1, 4)),
+    (tile.plan_for(x, x, 3, x.dtype), (x, x, scores, indices, None, 8, 2, 1, 1 << 31, 1)),
+    (backward.plan_of(8, 3, x.dtype, x.dtype, False), (scores, indices, x, x, None, None, None, 3, 1, 4)),
 ):
     binary = compiled(plan.kernel, *args, PLAN=plan, num_warps=plan.num_warps)
     launched_with = ["*i8" if kind[0] == "*" else kind for kind in binary.src.signature.values()]
@@ -230,9 +230,27 @@ def stand_in(monkeypatch):
 def test_a_launch_says_what_triton_would(stand_in):
     launch, binary, others, tensors = stand_in
     for num_tokens, grid in ((600, 19), (32, 1), (33, 2)):
-        launch(*tensors, 1, 2, 3, 4, num_tokens)
+        launch((*tensors, None), 1, 2, 3, 4, num_tokens)
         addresses = [tensor.data_ptr() for tensor in tensors]
-        want = (grid, 1, 1, 70, "function", "packed", None, None, None, *addresses, 1, 2, 3, 4, num_tokens, PLANS[0])
+        want = (
+            grid,
+            1,
+            1,
+            70,
+            "function",
+            "packed",
+            None,
+            None,
+            None,
+            *addresses,
+            None,
+            1,
+            2,
+            3,
+            4,
+            num_tokens,
+            PLANS[0],
+        )
         assert binary.launches.pop() == want
     assert (binary.launches, others) == ([], [])
 
@@ -242,7 +260,7 @@ def test_a_launch_hook_is_told_of_a_launch(stand_in):
     hooks = triton.knobs.runtime.launch_enter_hook
     hooks.add(print)
     try:
-        launch(*tensors, 33)
+        launch(tensors, 33)
     finally:
         hooks.remove(print)
     assert binary.launches[0][6:9] == (((2, 1, 1), 70), hooks, triton.knobs.runtime.launch_exit_hook)
@@ -253,16 +271,16 @@ def test_who_wants_another_launch_gets_tritons_own(stand_in, monkeypatch):
     launch, binary, others, tensors = stand_in
     with monkeypatch.context() as patch:
         patch.setattr(triton.knobs.runtime, "debug", True)
-        launch(*tensors, 33)
+        launch(tensors, 33)
     launch._hooks = [print]
-    launch(*tensors, 33)
+    launch(tensors, 33)
     launch._hooks = []
     with monkeypatch.context() as patch:
         patch.setattr(plan_module, "compiled", lambda *_, **__: None)
-        launch(*tensors, 33)
+        launch(tensors, 33)
     assert others == [(PLANS[0], *tensors, 33)] * 3
     assert binary.launches == []
-    launch(*tensors, 33)
+    launch(tensors, 33)
     assert len(binary.launches) == 1
 
 

@@ -14,22 +14,24 @@ from cases import (
     INF,
     NAN,
     adversarial_logits,
+    assert_accurate,
     assert_same_bits,
     by_magnitude,
     close_logits,
     compile_plan,
     compiled_by,
     dtype_name,
+    oracle_scores,
 )
 from ptx import parse, run_program
 
 from omni_kernels import factored_router
-from omni_kernels.factored import frontier, lanes
+from omni_kernels.factored import frontier, lanes, room_to_save
 
 pytestmark = pytest.mark.xdist_group("ptx")  # compiled once
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-X, Y, SCORES, INDICES = (i << 40 for i in range(1, 5))
+X, Y, SCORES, INDICES, SAVED = (i << 40 for i in range(1, 6))
 
 
 class Case(NamedTuple):
@@ -41,14 +43,16 @@ class Case(NamedTuple):
     alignment: int  # of the rows, in bytes; 0: transposed logits, read one at a time; -16: in vectors of a column
     doubles: bool
     lanes: int  # 0: frontier.py
+    normalize: str | None
     expected: dict  # of the plan, so that nobody changes what a case is about unseen
 
     def __str__(self):
-        return f"{self.num_expert_sqrt}-{self.k}-{dtype_name(self.dtype)}-{self.alignment}-{self.doubles}-{self.lanes}"
+        parts = *self[:2], dtype_name(self.dtype), *self[3:6], *([self.normalize] if self.normalize else [])
+        return "-".join(map(str, parts))
 
 
-def case(*problem, **expected):
-    return Case(*problem, expected)
+def case(*problem, normalize=None, **expected):
+    return Case(*problem, normalize, expected)
 
 
 CASES = [
@@ -107,17 +111,34 @@ CASES = [
     case(64, 2, BF16, 16, True, 0, side=1),
     case(46340, 3, FP16, 8, True, 0, in_registers=True),
     case(46340, 3, FP16, 8, False, 0, in_registers=True),
+    # Normalized scores: staged or not, in tiles or logit by logit, ragged, transposed, by many lanes, half a list each.
+    case(64, 16, BF16, 16, True, 2, normalize="softmax", short_pairs=True, staged=True, tile_n=64, split=True),
+    case(512, 8, BF16, 16, False, 2, normalize="log_softmax", short_pairs=True, tiles=2),
+    case(66, 5, BF16, 4, True, 2, normalize="topk", short_pairs=True, vector=4, split=False),
+    case(128, 10, BF16, 16, True, 2, normalize="softmax", looped=True, short_pairs=True),
+    case(68, 4, FP16, 8, False, 2, normalize="softmax", staged=True, tile_n=68, vector=8),
+    case(100, 10, BF16, 8, True, 4, normalize="softmax", staged=False, ragged=True),
+    case(100, 4, FP32, 16, True, 8, normalize="log_softmax", staged=False, ragged=True),
+    case(256, 3, FP32, 16, False, 2, normalize="softmax", short_keys=True, tiles=2),
+    case(128, 9, FP32, 16, True, 2, normalize="topk", short_keys=True, looped=True),
+    case(256, 16, BF16, 16, True, 16, normalize="softmax", staged=False, spread=True, split=True),
+    case(128, 5, FP16, 16, False, 16, normalize="topk", staged=False, spread=True, split=False),
+    case(512, 3, BF16, -16, True, 2, normalize="softmax", transposed=True, tiles=4, num_warps=4),
+    case(33, 5, BF16, 2, True, 4, normalize="softmax", tile_n=0, ragged=True),
+    case(64, 40, BF16, 16, True, 0, normalize="softmax", vector=16),
+    case(33, 40, FP32, 4, False, 0, normalize="topk", vector=4),
+    case(20, 33, FP32, 0, True, 0, normalize="log_softmax", vector=0),
 ]
 
 
 def plan_of(case):
     """As the launcher has it, but for one warp where a warp shares nothing with others."""
-    num_expert_sqrt, k, dtype, alignment, doubles, num_lanes, expected = case
+    num_expert_sqrt, k, dtype, alignment, doubles, num_lanes, normalize, expected = case
     problem = num_expert_sqrt, k, dtype, dtype, max(alignment, 0)
     if num_lanes:
-        plan = lanes.plan_of(*problem, alignment < 0, doubles, num_lanes)
+        plan = lanes.plan_of(*problem, alignment < 0, doubles, num_lanes, normalize)
     else:
-        plan = frontier.plan_of(*problem, doubles)
+        plan = frontier.plan_of(*problem, doubles, normalize)
     differing = {name: getattr(plan, name) for name, value in expected.items() if getattr(plan, name) != value}
     assert not differing, f"{case}: {differing}"
     return dataclasses.replace(plan, num_warps=plan.num_warps if expected.get("transposed") else 1)
@@ -136,10 +157,14 @@ def kernels(tmp_path_factory):
     return [(parse(ptx), *rest) for ptx, *rest in compiled_by(__file__, tmp_path_factory.mktemp("cache"))]
 
 
-def run_kernel(kernel, shared_bytes, tokens_per_program, x, y, k):
-    """Scores and indices of all tokens."""
+def run_kernel(kernel, shared_bytes, tokens_per_program, x, y, case):
+    """Scores and indices of all tokens, and what is saved of them if they are normalized."""
+    k = case.k
     scores, indices = torch.full((len(x), k), NAN, dtype=x.dtype), torch.full((len(x), k), -1, dtype=torch.int32)
     tensors = {X: x, Y: y, SCORES: scores, INDICES: indices}
+    saved = room_to_save(x, k, case.normalize) if case.normalize else None
+    if case.normalize:
+        tensors[SAVED] = saved
     memory = {
         address: (tensor if tensor.is_contiguous() else tensor.t()).view(torch.uint8).numpy().reshape(-1)
         for address, tensor in tensors.items()
@@ -148,7 +173,7 @@ def run_kernel(kernel, shared_bytes, tokens_per_program, x, y, k):
     num_programs = triton.cdiv(len(x), tokens_per_program)
     for program_id in range(num_programs):
         run_program(kernel, [*tensors, *strides, len(x)], memory, shared_bytes, program_id, num_programs)
-    return scores, indices
+    return scores, indices, saved
 
 
 def ties_of_far_rows(num_expert_sqrt, dtype):
@@ -187,7 +212,23 @@ def test_every_kind_of_token(position, kernels):
     case, (kernel, shared_bytes, tokens_per_program) = CASES[position], kernels[position]
     x, y = logits_of(case, tokens_per_program)
     assert len(x) % tokens_per_program != 0, "these tokens do not test a program that is not full"
-    assert_same_bits(run_kernel(kernel, shared_bytes, tokens_per_program, x, y, case.k), factored_router(x, y, case.k))
+    scores, indices, saved = run_kernel(kernel, shared_bytes, tokens_per_program, x, y, case)
+    want, experts = factored_router(x, y, case.k)
+    assert_same_bits([indices], [experts])
+    if case.normalize is None:
+        assert_same_bits([scores], [want])
+        return
+    want = oracle_scores(x, y, indices, case.normalize)
+    assert_accurate(scores, want, case.normalize)
+    of_rows, weights = saved[: 4 * len(x)].view(-1, 2, 2), saved[4 * len(x) :].view(len(x), -1)
+    largest = torch.stack((x.float().amax(1), y.float().amax(1)), 1)
+    torch.testing.assert_close(of_rows[..., 0], largest, rtol=0, atol=0, equal_nan=True)
+    if case.normalize != "log_softmax":
+        assert_accurate(weights, want, case.normalize)
+    if case.normalize != "topk":
+        finite = largest.isfinite()
+        exact = torch.stack((x, y), 1).double().sub(largest[..., None]).exp().sum(2)
+        torch.testing.assert_close(of_rows[..., 1][finite].double(), exact[finite], rtol=1e-6, atol=0)
 
 
 TWO_WARPS = """

@@ -43,6 +43,15 @@ from .ptx import (
     sync_warp,
 )
 from .rows import lowest_keys, row_alignment, rows_of_lanes, sorted_group
+from .softmax import (
+    as_integer,
+    normalized,
+    ratio_of_pair,
+    scales_of_scores,
+    total_of_integers,
+    total_of_strided_segment,
+    total_of_tile,
+)
 
 MAX_EXPERTS_PER_TOKEN = 256  # ranks take 8 bits of a pair's key; rows, of which there may be 46340, 16
 SHARED_BYTES = 48 << 10  # what a program may declare
@@ -100,7 +109,7 @@ class FrontierPlan(Plan):
 
     @property
     def shared_bytes(self):
-        return self.tokens * self.pair_pitch + (self.ranks + 1) * self.step
+        return self.tokens * (self.pair_pitch + (8 if self.sums_rows else 0)) + (self.ranks + 1) * self.step
 
     @property
     def ragged(self):
@@ -163,11 +172,17 @@ def _pair(fixed_list, moving_list, fixed, moving, odd, PLAN):
 
 @triton.jit
 def _taken(pair, x_list, y_list, PLAN):
-    """The sum, the row and the column of a pair that was taken, of which `pair` is where its ranks are."""
+    """Both logits, the row and the column of a pair that was taken, of which `pair` is where its ranks are."""
     ranks = 0xFFFF - load_shared(pair, 16)
     value_x, row = _load(x_list + (ranks & 255) * PLAN.step, PLAN)
     value_y, column = _load(y_list + (ranks >> 8) * PLAN.step, PLAN)
-    return value_x + value_y, row, column
+    return value_x, value_y, row, column
+
+
+@triton.jit
+def _sum_of_taken(pair, x_list, y_list, PLAN):
+    value_x, value_y, _, _ = _taken(pair, x_list, y_list, PLAN)
+    return value_x + value_y
 
 
 @triton.jit
@@ -231,7 +246,7 @@ def _spread(values_list, PLAN):
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def frontier_kernel(
-    x_ptr, y_ptr, scores_ptr, indices_ptr,
+    x_ptr, y_ptr, scores_ptr, indices_ptr, saved_ptr,
     stride_xm, stride_xn, stride_ym, stride_yn,
     num_tokens,
     PLAN: tl.constexpr,
@@ -309,6 +324,18 @@ def frontier_kernel(
     exact = tl.where(odd, largest < partner(limit, 1, PLAN), partner(largest, 1, PLAN) < limit)
     by_rows = (~(exact & (first_x + first_y < float("inf")))).to(tl.int32)
 
+    totals = lists + (RANKS + 1) * PLAN.step
+    if PLAN.sums_rows:
+        largest = tl.where(odd, first_y, first_x)
+        if PLAN.vector > 0:
+            ROW: tl.constexpr = PLAN.num_expert_sqrt * PLAN.itemsize
+            total = total_of_tile(row_ptrs.to(tl.int64), ROW, lane * 0, largest, num_tokens, PLAN)
+        else:
+            total = total_of_strided_segment(
+                row_ptrs, stride_n, lane * 0, PLAN.num_expert_sqrt, lane * 0, largest, PLAN
+            )
+        store_shared(totals + lane * 4, total.to(tl.int32, bitcast=True), 32, writes)
+
     pairs = out + lane // 2 * PLAN.pair_pitch
     heads = ()
     SIDE: tl.constexpr = PLAN.side
@@ -335,22 +362,52 @@ def frontier_kernel(
     sync_warp(lane)
 
     for token in tl.range(PLAN.tokens):
+        token_list = lists + token * 2 * KEY_BYTES
+        if PLAN.normalize is not None:
+            best_x, best_y = _load(token_list, PLAN)[0], _load(token_list + KEY_BYTES, PLAN)[0]
+            best = best_x + best_y
+            masked = (best == float("-inf")) & ((best_x == float("-inf")) | (best_y == float("-inf")))
+            if PLAN.sums_rows:
+                of_x, of_y = load_shared(totals + token * 8, 32), load_shared(totals + token * 8 + 4, 32)
+                product = of_x.to(tl.float32, bitcast=True) * of_y.to(tl.float32, bitcast=True)
+            else:
+                integers = tl.zeros((32,), tl.int64)
+                for start in tl.static_range(0, K, 32):
+                    slots = start + tl.arange(0, 32)
+                    pair = out + token * PLAN.pair_pitch + tl.minimum(slots, K - 1) * 2
+                    value_x, value_y, _, _ = _taken(pair, token_list, token_list + KEY_BYTES, PLAN)
+                    high, low = ratio_of_pair(value_x, value_y, best_x, best_y)
+                    integers += tl.where(slots < K, as_integer(high, low), 0)
+                for level in tl.static_range(5):
+                    integers += partner(integers, 1 << level, PLAN)
+                product = total_of_integers(integers)
+            scales = scales_of_scores(product, best, masked, PLAN)
         for start in tl.static_range(0, K, 32):
             slots = start + tl.arange(0, 32)
             pair = out + token * PLAN.pair_pitch + tl.minimum(slots, K - 1) * 2
-            token_list = lists + token * 2 * KEY_BYTES
-            score, row, column = _taken(pair, token_list, token_list + KEY_BYTES, PLAN)
+            value_x, value_y, row, column = _taken(pair, token_list, token_list + KEY_BYTES, PLAN)
+            score = value_x + value_y
             outputs = (first_token + token) * K + slots
             valid = (slots < K) & (first_token + token < num_tokens)
+            if PLAN.normalize is not None:
+                high, low = ratio_of_pair(value_x, value_y, best_x, best_y)
+                score = normalized(high, low, scales, PLAN)
+                if saved_ptr is not None and PLAN.has_weights:
+                    store_row(saved_ptr + 4 * num_tokens.to(tl.int64) + outputs, (score,), valid, PLAN)
             store_row(scores_ptr + outputs, (score.to(scores_ptr.dtype.element_ty),), valid, PLAN)
             store_row(indices_ptr + outputs, (row * PLAN.num_expert_sqrt + column,), valid, PLAN)
 
-    worst = _taken(pairs + (K - 1) * 2, x_list, y_list, PLAN)[0]
+    if saved_ptr is not None:
+        largest = tl.where(odd, first_y, first_x)
+        of_row = (largest, total if PLAN.sums_rows else largest)
+        store_row(saved_ptr + tokens * 4 + lane % 2 * 2, of_row, writes & (tokens < num_tokens), PLAN)
+
+    worst = _sum_of_taken(pairs + (K - 1) * 2, x_list, y_list, PLAN)
     fill = (tokens < num_tokens) & (first_x < float("inf")) & (first_y < float("inf")) & (worst == float("-inf"))
     if tl.max(fill.to(tl.int32), 0) != 0:
         num_finite = tl.zeros_like(lane)
         for slot in tl.range(K):
-            score = _taken(pairs + slot * 2, x_list, y_list, PLAN)[0]
+            score = _sum_of_taken(pairs + slot * 2, x_list, y_list, PLAN)
             num_finite += (score > float("-inf")).to(tl.int32)
         sync_warp(lane)  # after the others' stores
         fill_masked(
@@ -358,13 +415,13 @@ def frontier_kernel(
         )  # fmt: skip
 
 
-def plan_for(x, y, k, scores_dtype):
+def plan_for(x, y, k, scores_dtype, normalize=None):
     """The plan for these logits."""
-    return plan_of(x.shape[1], k, x.dtype, scores_dtype, row_alignment(x, y), compares_doubles(x.device))
+    return plan_of(x.shape[1], k, x.dtype, scores_dtype, row_alignment(x, y), compares_doubles(x.device), normalize)
 
 
 @functools.cache
-def plan_of(num_expert_sqrt, k, dtype, scores_dtype, alignment, doubles):
+def plan_of(num_expert_sqrt, k, dtype, scores_dtype, alignment, doubles, normalize=None):
     """The plan of a problem. alignment: of the rows, in bytes; 0 where their logits do not lie side by side."""
     ranks, words = min(k, num_expert_sqrt), 2 if dtype == torch.float32 else 1  # of a key
     in_registers = ranks * words <= REGISTERS
@@ -373,7 +430,7 @@ def plan_of(num_expert_sqrt, k, dtype, scores_dtype, alignment, doubles):
     vector = min(alignment, row & -row, piece_bytes & -piece_bytes)
     plan = FrontierPlan(
         num_expert_sqrt, k, dtype, scores_dtype, 1, MAX_TOKENS, piece, pieces=min(PIECES, -(-num_expert_sqrt // piece)),
-        in_registers=in_registers, vector=vector if vector >= 4 else 0, doubles=doubles,
+        in_registers=in_registers, vector=vector if vector >= 4 else 0, doubles=doubles, normalize=normalize,
     )  # fmt: skip
     while plan.shared_bytes > SHARED_BYTES:
         plan = dataclasses.replace(plan, tokens=plan.tokens // 2)

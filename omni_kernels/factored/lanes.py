@@ -27,6 +27,8 @@ from .ptx import (
     copy_columns,
     copy_rows,
     hide,
+    load_shared,
+    load_value,
     partner,
     partners,
     store_row,
@@ -47,6 +49,18 @@ from .rows import (
     rows_of_lanes,
     shift,
     top_of_strided_segment,
+)
+from .softmax import (
+    FAR,
+    as_integer,
+    differences,
+    joined,
+    normalized,
+    ratio_of_pair,
+    scales_of_scores,
+    total_of_integers,
+    total_of_strided_segment,
+    total_of_tile,
 )
 
 MAX_EXPERTS_PER_TOKEN = 32  # more would not fit in a lane's registers
@@ -158,6 +172,11 @@ class LanesPlan(Plan):
         return _row_bits(self.k)
 
     @property
+    def spread(self):
+        """Whether a token has a lane for every slot that one of its pairs of lanes holds."""
+        return self.lanes // 2 >= (self.k // 2 if self.split else self.k) and self.lanes > 2
+
+    @property
     def split(self):
         """Whether both lanes finish half of a token's pairs: where all pairs of one may be among the k best."""
         return self.k > 1 and self.k & (self.k - 1) == 0 and first_pair(self.side, self) >= self.k
@@ -174,9 +193,54 @@ def _copy_tile(buffer, segment, x_ptr, y_ptr, stride_xn, stride_yn, first_token,
         copy_rows(buffer, segment + (column * PLAN.itemsize).to(tl.int64), wanted, PLAN)
 
 
+@triton.jit
+def _of_rank(values, rank):
+    """That of a tuple's values whose number is a lane's rank; the last of higher ones."""
+    value = values[0]
+    for i in tl.static_range(1, len(values)):
+        value = tl.where(rank >= i, values[i], value)
+    return value
+
+
+@triton.jit
+def _ratios_of_pairs(indices, x_row, y_row, stride_xn, stride_yn, best_x, best_y, PLAN):
+    """The ratios of a tuple of experts, from logits that are read again: in shared memory where rows are int32."""
+    highs, lows = (), ()
+    for slot in tl.static_range(len(indices)):
+        expert = indices[slot].to(tl.uint32)
+        row, column = (expert // PLAN.num_expert_sqrt).to(tl.int32), (expert % PLAN.num_expert_sqrt).to(tl.int32)
+        x, y = _logit(x_row, row, stride_xn, PLAN), _logit(y_row, column, stride_yn, PLAN)
+        high, low = ratio_of_pair(x, y, best_x, best_y)
+        highs, lows = highs + (high,), lows + (low,)
+    return highs, lows
+
+
+@triton.jit
+def _logit(row, column, stride_n, PLAN):
+    """One logit, as fp32, of a row in global memory, or at an address in shared memory."""
+    if row.dtype != tl.int32:
+        return load_value(row + column.to(tl.int64) * stride_n, PLAN)
+    bits = load_shared(row + column * PLAN.itemsize, 8 * PLAN.itemsize)
+    if PLAN.itemsize == 4:
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return bits.to(tl.int16).to(PLAN.element_ty, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _normalized(highs, lows, total, best_x, best_y, PLAN):
+    """`normalized` of a tuple of pairs."""
+    best, results = best_x + best_y, ()
+    masked = (best == float("-inf")) & ((best_x == float("-inf")) | (best_y == float("-inf")))
+    scales = scales_of_scores(total, best, masked, PLAN)
+    for slot in tl.static_range(len(highs)):
+        results = results + (normalized(highs[slot], lows[slot], scales, PLAN),)
+    return results
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def lanes_kernel(
-    x_ptr, y_ptr, scores_ptr, indices_ptr,
+    x_ptr, y_ptr, scores_ptr, indices_ptr, saved_ptr,
     stride_xm, stride_xn, stride_ym, stride_yn,
     num_tokens,
     PLAN: tl.constexpr,
@@ -203,6 +267,7 @@ def lanes_kernel(
                 buffer, segment, x_ptr, y_ptr, stride_xn, stride_yn, first_token, num_tokens, lane * 0, lane >= 0, PLAN
             )  # fmt: skip
         best = lowest_keys(lane.to(tl.int64) if PLAN.element_ty == tl.float32 else lane, PLAN.own, PLAN)
+        largest, total = tl.full(lane.shape, float("-inf"), tl.float32), lane * 0.0
         for step in tl.range(PLAN.tiles):
             # Hidden, or LLVM would count the columns in 64 bits, and sort keys of 64 bits to subtract them from.
             column = hide(lane * 0 + step * PLAN.tile_n)
@@ -217,16 +282,27 @@ def lanes_kernel(
                         turn_columns(buffer, 0, PLAN.tile_n, PLAN)
             if not PLAN.looped:
                 keys, doubt = candidates_of_tile(row, skip - column, PLAN, one)
-                if PLAN.short_keys:
+                if PLAN.short_keys or PLAN.sums_rows:
                     more = best_of_groups(keys, PLAN.listed, PLAN, one)
             if PLAN.short_keys:
                 more = exact_keys(more, row, doubt, PLAN)
+            if PLAN.sums_rows and PLAN.staged:
+                largest_here = unpack(more[0], PLAN.element_ty, PLAN)[0]
+                if PLAN.ragged:
+                    largest_here = tl.where(skip - column >= PLAN.tile_n, float("-inf"), largest_here)
+                total_here = total_of_tile(
+                    row, PLAN.tile_n * PLAN.itemsize, skip - column, largest_here, num_tokens, PLAN
+                )
+                if PLAN.tiles == 1:
+                    largest, total = largest_here, total_here
+                else:
+                    largest, total = joined(largest, total, largest_here, total_here)
             if PLAN.staged and PLAN.tiles > 1:  # where the tile is not read again
                 _copy_tile(
                     buffer, segment, x_ptr, y_ptr, stride_xn, stride_yn, first_token, num_tokens, column + PLAN.tile_n,
                     lane * 0 + step + 1 < PLAN.tiles, PLAN,
                 )  # fmt: skip
-            if not (PLAN.looped or PLAN.short_keys):
+            if not (PLAN.looped or PLAN.short_keys or PLAN.sums_rows):
                 more = best_of_groups(keys, PLAN.own, PLAN, one)
             if PLAN.tiles == 1:
                 best = more
@@ -250,6 +326,19 @@ def lanes_kernel(
     first, last = unpack(best[0], PLAN.element_ty, PLAN)[0], unpack(best[RANKS - 1], PLAN.element_ty, PLAN)[0]
     widest = first + partner(last, 1, PLAN)
     poison = tl.where(widest == widest, 0.0, float("nan"))
+    if PLAN.sums_rows:
+        if PLAN.staged:
+            for level in tl.static_range(1, bit_length(PLAN.lanes) - 1):
+                more_largest, more_total = partners((largest, total), 1 << level, PLAN)
+                largest, total = joined(largest, total, more_largest, more_total)
+        else:  # what is read again is at hand
+            if PLAN.tile_n > 0:
+                SEGMENT: tl.constexpr = PLAN.segment * PLAN.itemsize
+                total = total_of_tile(segment, SEGMENT, skip, first, num_tokens, PLAN)
+            else:
+                total = total_of_strided_segment(row_ptrs, stride_n, first_column, PLAN.segment, skip, first, PLAN)
+            for level in tl.static_range(1, bit_length(PLAN.lanes) - 1):
+                total += partner(total, 1 << level, PLAN)
     columns = lane
     if PLAN.short_pairs:
         columns = buffer + (lane | 1) * PLAN.pitch
@@ -258,8 +347,17 @@ def lanes_kernel(
             store_shared(buffer + lane * PLAN.pitch + rank * 4, column, 32, lane >= 0)
         sync_warp(lane)
     scores, indices, lost = select_pairs(best, poison, odd, columns, PLAN.short_pairs, PLAN, one)
+    SLOTS: tl.constexpr = PLAN.k // 2 if PLAN.split else PLAN.k
+    if PLAN.normalize is not None:
+        other_first = partner(first, 1, PLAN)
+        best_x, best_y = tl.where(odd, other_first, first), tl.where(odd, first, other_first)
     if PLAN.short_pairs:
-        for _ in tl.range(tl.max(lost, 0)):
+        doubt = lost
+        if PLAN.normalize is not None:  # sums of so few bits differ by a number that is exact, unless it is large
+            highs, lows = differences(scores, first + other_first)
+            doubt = lost * 2 | (highs[SLOTS - 1] < FAR).to(tl.int32)
+        doubt = tl.max(doubt, 0)
+        for _ in tl.range(doubt if PLAN.normalize is None else doubt >> 1):
             again = ()
             for rank in tl.static_range(RANKS):
                 again = again + (hide(best[rank]),)  # or what both ways have in common would stay in registers
@@ -267,14 +365,48 @@ def lanes_kernel(
             is_odd = hide(odd.to(tl.int32)) != 0
             scores, indices, lost = select_pairs(again, poison, is_odd, columns, False, PLAN, None)
 
-    SLOTS: tl.constexpr = PLAN.k // 2 if PLAN.split else PLAN.k
-    writes = inside & (lane % PLAN.lanes < (2 if PLAN.split else 1))
+    takes = inside & (lane % PLAN.lanes < (2 if PLAN.split else 1))
     outputs = tokens * PLAN.k + (lane % 2 * SLOTS if PLAN.split else 0)
+    results, writes, places = scores, takes, outputs
+    if PLAN.normalize is not None:
+        experts = indices
+        if PLAN.spread:  # a slot for each lane, since all lanes of a token have chosen
+            rank = lane % PLAN.lanes // 2
+            experts = (_of_rank(indices, rank),)
+            places, writes = outputs + rank, inside & (rank < SLOTS) & (PLAN.split | (lane % 2 == 0))
+        if PLAN.short_pairs and not PLAN.spread:
+            for _ in tl.range(tl.minimum(doubt, 1)):
+                highs, lows = _ratios_of_pairs(experts, x_ptrs, y_ptrs, stride_xn, stride_yn, best_x, best_y, PLAN)
+        elif PLAN.staged and PLAN.tiles == 1 and PLAN.lanes == 2:  # whole rows are at hand
+            x_row, y_row = buffer + (lane & -2) * PLAN.pitch, buffer + (lane | 1) * PLAN.pitch
+            highs, lows = _ratios_of_pairs(experts, x_row, y_row, stride_xn, stride_yn, best_x, best_y, PLAN)
+        else:
+            highs, lows = _ratios_of_pairs(experts, x_ptrs, y_ptrs, stride_xn, stride_yn, best_x, best_y, PLAN)
+        if PLAN.sums_rows:
+            totals = total * partner(total, 1, PLAN)
+        else:
+            integers = tl.zeros_like(tokens)
+            for slot in tl.static_range(len(highs)):
+                integers += as_integer(highs[slot], lows[slot])
+            if PLAN.spread:
+                integers = tl.where(rank < SLOTS, integers, 0)
+                for level in tl.static_range(1, bit_length(PLAN.lanes) - 1):
+                    integers += partner(integers, 1 << level, PLAN)
+            if PLAN.split:
+                integers += partner(integers, 1, PLAN)
+            totals = total_of_integers(integers)
+            total = totals
+        results = _normalized(highs, lows, totals, best_x, best_y, PLAN)
+        if saved_ptr is not None:
+            of_row = saved_ptr + tokens * 4 + lane % 2 * 2
+            store_row(of_row, (first, total), inside & (lane % PLAN.lanes < 2), PLAN)
+            if PLAN.has_weights:
+                store_row(saved_ptr + 4 * num_tokens.to(tl.int64) + places, results, writes, PLAN)
     rounded = ()
-    for slot in tl.static_range(SLOTS):
-        rounded = rounded + (scores[slot].to(scores_ptr.dtype.element_ty),)
-    store_row(scores_ptr + outputs, rounded, writes, PLAN)
-    store_row(indices_ptr + outputs, indices, writes, PLAN)
+    for slot in tl.static_range(len(results) if PLAN.normalize is not None else SLOTS):
+        rounded = rounded + (results[slot].to(scores_ptr.dtype.element_ty),)
+    store_row(scores_ptr + places, rounded, writes, PLAN)
+    store_row(indices_ptr + outputs, indices, takes, PLAN)
 
     ordinary = inside & (poison == 0.0) & (first < float("inf")) & (partner(first, 1, PLAN) < float("inf"))
     fill = ordinary & (scores[SLOTS - 1] == float("-inf"))
@@ -291,18 +423,18 @@ def lanes_kernel(
         )  # fmt: skip
 
 
-def plan_for(x, y, k, scores_dtype, few_tokens=None):
+def plan_for(x, y, k, scores_dtype, normalize=None, few_tokens=None):
     """The plan for these logits; for few tokens or many, whatever their number, where few_tokens says so."""
     num_tokens, num_expert_sqrt = x.shape
     if few_tokens is None:
         few_tokens = num_tokens <= most_few_tokens(num_expert_sqrt, x.device)
     lanes = lanes_of_few_tokens(num_expert_sqrt, x.element_size()) if few_tokens else 2
     layout = row_alignment(x, y), columns_are_vectors(x, y)
-    return plan_of(num_expert_sqrt, k, x.dtype, scores_dtype, *layout, compares_doubles(x.device), lanes)
+    return plan_of(num_expert_sqrt, k, x.dtype, scores_dtype, *layout, compares_doubles(x.device), lanes, normalize)
 
 
 @functools.cache
-def plan_of(num_expert_sqrt, k, dtype, scores_dtype, alignment, transposed, doubles, lanes):
+def plan_of(num_expert_sqrt, k, dtype, scores_dtype, alignment, transposed, doubles, lanes, normalize=None):
     """The plan of a problem: among the rest how a lane reads its segment, in tiles, or logit by logit.
 
     alignment: of the rows, in bytes; 0 where their logits do not lie side by side. transposed: `columns_are_vectors`.
@@ -348,7 +480,7 @@ def plan_of(num_expert_sqrt, k, dtype, scores_dtype, alignment, transposed, doub
     return LanesPlan(
         num_expert_sqrt, k, dtype, scores_dtype, warps, lanes, **reading, group=group, staged=staged,
         transposed=transposed, priority="evict_first", looped=looped, short_keys=short_keys, short_pairs=short_pairs,
-        add_minima=staged and lanes == 2 and k <= 16, doubles=doubles, ptx=not interpreting(),
+        add_minima=staged and lanes == 2 and k <= 16, doubles=doubles, ptx=not interpreting(), normalize=normalize,
     )  # fmt: skip
 
 

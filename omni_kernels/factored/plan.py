@@ -39,10 +39,11 @@ class Plan(dict):
     dtype: torch.dtype  # of the logits
     scores_dtype: torch.dtype
     num_warps: int
+    normalize: str | None = dataclasses.field(default=None, kw_only=True)  # what becomes of the scores (softmax.py)
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            self[name] = value if isinstance(value, int | str) else str(value)
+            self[name] = value if isinstance(value, int | str | None) else str(value)
 
     @property
     def cache_key(self):
@@ -75,6 +76,22 @@ class Plan(dict):
     @property
     def itemsize(self):
         return self.dtype.itemsize
+
+    @property
+    def sums_rows(self):
+        """Whether the softmax over all experts is asked for, which takes a sum over every row."""
+        return self.normalize in ("softmax", "log_softmax")
+
+    @property
+    def has_weights(self):
+        """Whether the gradient of a score is multiplied by a probability."""
+        return self.normalize in ("softmax", "topk")
+
+    @property
+    def saved_numbers(self):
+        """How many fp32 numbers of a token are saved for its gradient: of both rows the largest logit and the total;
+        and, behind those of all tokens, the weights."""
+        return 4 + (self.k if self.has_weights else 0)
 
     @property
     def ranks(self):
@@ -118,8 +135,8 @@ class Launches(dict):
 class Launch:
     """The launches of a plan's kernel on one NVIDIA GPU, with arguments that Triton compiles the same binary for.
 
-    Those are four tensors of the same dtypes and alignment to 16 bytes, and the same numbers but for the last, that of
-    tokens. The caller sees to it.
+    Those are tensors of the same dtypes and alignment to 16 bytes, or None, and the same numbers but for the last, that
+    of tokens. The caller sees to it.
     """
 
     __slots__ = ("_binary", "_function", "_hooks", "_lock", "_run", "_tokens", "_tokens_have", "device", "plan")
@@ -130,19 +147,19 @@ class Launch:
         self._tokens, self._tokens_have = plan.tokens, plan.grid(1)  # of a program, and the programs that share them
         self._hooks = getattr(plan.kernel, "pre_run_hooks", ())  # the kernel's own list, to which anybody may add
 
-    def __call__(self, a, b, c, d, *numbers):
+    def __call__(self, tensors, *numbers):
         """Launches on the current stream of the GPU, whichever GPU is the current one."""
         if torch._C._cuda_getDevice() != self.device:
             with torch.cuda.device(self.device):
-                return self(a, b, c, d, *numbers)
+                return self(tensors, *numbers)
         runtime = triton.knobs.runtime
         asks = runtime.debug or runtime.add_stages_inspection_hook or triton.knobs.compilation.instrumentation_mode
-        if asks or self._hooks or not (self._run or self._load(a, b, c, d, *numbers)):
-            return launch(self.plan, a, b, c, d, *numbers)  # somebody wants another binary, or to see
+        if asks or self._hooks or not (self._run or self._load(*tensors, *numbers)):
+            return launch(self.plan, *tensors, *numbers)  # somebody wants another binary, or to see
         grid = -(-numbers[-1] // self._tokens) * self._tokens_have
         stream = torch._C._cuda_getCurrentRawStream(self.device)
         # Of a tensor Triton's launcher would ask the driver whether the GPU can read it.
-        args = a.data_ptr(), b.data_ptr(), c.data_ptr(), d.data_ptr(), *numbers, self.plan
+        args = *[t if t is None else t.data_ptr() for t in tensors], *numbers, self.plan
         enter, leave, metadata = runtime.launch_enter_hook, runtime.launch_exit_hook, None
         if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
             metadata = self._binary.launch_metadata((grid, 1, 1), stream, *args)

@@ -13,6 +13,15 @@ import triton.language as tl
 from ..configs import interpreting
 from .keys import LOWEST_KEY, index_bits, pack, unpack
 from .plan import Plan, count
+from .softmax import (
+    add_exactly,
+    as_integer,
+    normalized,
+    ratio_of_pair,
+    scale_of_row,
+    scales_of_scores,
+    total_of_integers,
+)
 
 MAX_EXPERTS_PER_TOKEN = 64
 MAX_TILE = 256  # columns sorted at once; longer rows are streamed
@@ -82,6 +91,20 @@ def _top_of_rows(row_ptrs, stride_n, num_columns, in_batch, PLAN):
 
 
 @triton.jit
+def _total_of_rows(row_ptrs, stride_n, num_columns, best, in_batch, PLAN):
+    """The sum of exp(logit - best) over each row."""
+    slope, origin, correction = scale_of_row(best)
+    total, rest = tl.zeros_like(best), tl.zeros_like(best)
+    for start in range(0, num_columns, PLAN.tile_n):
+        columns = (start + tl.arange(0, PLAN.tile_n))[None, :]
+        mask = in_batch[:, None] & (columns < num_columns)
+        values = tl.load(row_ptrs + columns.to(tl.int64) * stride_n, mask=mask, other=0.0).to(tl.float32)
+        powers = tl.where(mask, tl.exp2(tl.fma(values, slope[:, None], -origin[:, None])), 0.0)
+        total, rest = add_exactly(total, rest, tl.sum(powers, 1))
+    return total * correction
+
+
+@triton.jit
 def _maxima_of_chunks(keys, CHUNK):
     """[rows, columns] -> [rows, columns / CHUNK], by halves: Triton 3.6 fails on some reductions of a reshaped tile."""
     if CHUNK == 1:
@@ -113,9 +136,15 @@ def _staircase(PLAN):
     return rank_x, rank_y, candidates < start
 
 
+@triton.jit
+def _first(values, slots):
+    """The value in a row's first slot."""
+    return tl.sum(tl.where((slots == 0)[None, :], values, 0.0), 1)
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def tile_kernel(
-    x_ptr, y_ptr, scores_ptr, indices_ptr,
+    x_ptr, y_ptr, scores_ptr, indices_ptr, saved_ptr,
     stride_xm, stride_xn, stride_ym, stride_yn,
     num_tokens,
     PLAN: tl.constexpr,
@@ -148,7 +177,32 @@ def tile_kernel(
     indices = rows_and_ranks // TILE_K * num_expert_sqrt + tl.gather(columns, rank, 1)
     outputs = tokens[:, None] * PLAN.k + slots[None, :]
     mask = in_batch[:, None] & is_slot
-    tl.store(scores_ptr + outputs, scores.to(scores_ptr.dtype.element_ty), mask=mask)
+    results = scores
+    if PLAN.normalize is not None:
+        first_x, first_y = _first(best_x, slots), _first(best_y, slots)
+        row = (rows_and_ranks // TILE_K).to(tl.int64)
+        x = tl.load(x_rows + row * stride_xn, mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(y_rows + tl.gather(columns, rank, 1).to(tl.int64) * stride_yn, mask=mask, other=0.0).to(tl.float32)
+        high, low = ratio_of_pair(x, y, first_x[:, None], first_y[:, None])
+        total_x, total_y = first_x, first_y
+        if PLAN.sums_rows:
+            total_x = _total_of_rows(x_rows, stride_xn, num_expert_sqrt, first_x, in_batch, PLAN)
+            total_y = _total_of_rows(y_rows, stride_yn, num_expert_sqrt, first_y, in_batch, PLAN)
+            total = total_x * total_y
+        else:
+            total = total_of_integers(tl.sum(tl.where(is_slot, as_integer(high, low), 0), 1))
+        best = first_x + first_y
+        masked = (best == float("-inf")) & ((first_x == float("-inf")) | (first_y == float("-inf")))
+        scales = scales_of_scores(total[:, None], best[:, None], masked[:, None], PLAN)
+        results = normalized(high, low, scales, PLAN)
+        if saved_ptr is not None:
+            tl.store(saved_ptr + tokens * 4, first_x, mask=in_batch)
+            tl.store(saved_ptr + tokens * 4 + 1, total_x, mask=in_batch)
+            tl.store(saved_ptr + tokens * 4 + 2, first_y, mask=in_batch)
+            tl.store(saved_ptr + tokens * 4 + 3, total_y, mask=in_batch)
+            if PLAN.has_weights:
+                tl.store(saved_ptr + num_tokens.to(tl.int64) * 4 + outputs, results, mask=mask)
+    tl.store(scores_ptr + outputs, results.to(scores_ptr.dtype.element_ty), mask=mask)
 
     # Among -inf pairs only the index counts, which the staircase does not know. Where one of them is selected, fewer
     # than k others exist, so the -inf pairs among the first k experts are enough. With NaN or +inf about, they may not.
@@ -166,7 +220,7 @@ def tile_kernel(
         tl.store(indices_ptr + tokens[:, None] * PLAN.k + slot, experts, mask=masked & (slot < PLAN.k))
 
 
-def plan_for(x, _, k, scores_dtype):
+def plan_for(x, _, k, scores_dtype, normalize=None):
     """The plan for these logits. One token to a program, except in the interpreter, which runs them one by one."""
     num_tokens, num_expert_sqrt = x.shape
     tile_k = max(2, triton.next_power_of_2(k))  # Triton 3.6 has no tl.topk of one
@@ -176,7 +230,7 @@ def plan_for(x, _, k, scores_dtype):
         num_expert_sqrt, k, x.dtype, scores_dtype, 1,
         tokens=triton.next_power_of_2(num_tokens) if interpreting() else 1, tile_n=tile_n, tile_k=tile_k,
         chunk=max(1, min(4, tile_n // tile_k // 4)),  # what is sorted again shall be little
-        num_candidates=max(tile_k, num_candidates), wide_keys=False,
+        num_candidates=max(tile_k, num_candidates), wide_keys=False, normalize=normalize,
     )  # fmt: skip
 
 
