@@ -318,6 +318,11 @@ def layer_table(rows):
                            "ours over compiled"], lines)  # fmt: skip
 
 
+def adaptive_table(rows):
+    lines = [(row.rival, f"{row.value:g}", f"{row.experts:.2f}", f"{row.loss:.4f}") for row in rows.itertuples()]
+    return speed.markdown(["rule", "its number", "experts a token, mean", "loss, nats a byte"], lines)
+
+
 # --- pictures ---
 
 STACKS = {
@@ -350,7 +355,7 @@ def draw_layer(rows):
         axes.invert_yaxis()
         axes.grid(False, axis="y")
         axes.margins(x=0.12)
-        axes.set(xlabel="µs of kernels, forward", title=f"{gpu}, {MAIN.num_tokens:,} tokens, N = {size}, k = {MAIN.k}")
+        axes.set(xlabel=f"µs of kernels, forward, {MAIN.num_tokens:,} tokens, k = {MAIN.k}", title=f"{gpu}, N = {size}")
     handles, labels = panels.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=8, ncol=3, loc="upper center", bbox_to_anchor=(0.5, 0))
     return speed.finish(figure)

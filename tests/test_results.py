@@ -680,6 +680,17 @@ def test_the_layer_is_told_and_drawn(layer_rows, tmp_path, monkeypatch):
     assert "| 39 |" in study.with_results("\n".join(study.MARKS))
 
 
+def test_adaptive_routing_is_told_and_drawn():
+    curve = pd.DataFrame([{"rival": rule, "value": 0.5, "experts": 2.0, "loss": 1.5} for rule in ("top_p", "min_p")])
+    assert layer.adaptive_table(curve).splitlines()[2:] == [f"| {rule} | 0.5 | 2.00 | 1.5000 |" for rule in curve.rival]
+    assert [line.get_label() for line in layer.draw_adaptive(curve).axes[0].lines] == ["top_p", "min_p"]
+    text = [{"layer": 1 + place % 2, "position": place // 2, "byte": byte, "experts": 3}
+            for place, byte in enumerate(b"aabb  \n\n")]  # fmt: skip
+    panels = layer.draw_text(pd.DataFrame(text)).axes
+    assert [label.get_text() for label in panels[-1].get_xticklabels()] == list("ab␣↵")
+    assert [[bar.get_height() for bar in axes.patches] for axes in panels] == [[3] * 4] * 2
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU would measure")
 def test_the_layer_without_a_gpu(no_tables, capsys):
     assert layer.measure() == "not measured: no GPU here"
