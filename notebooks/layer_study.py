@@ -365,7 +365,7 @@ def draw_adaptive(rows):
     """Loss on unseen text against the experts that a token runs: fixed k, and as many as it needs."""
     figure, axes = plt.subplots(figsize=(7, 4.2))
     for (name, group), (color, marker) in zip(
-        rows.groupby("rival", sort=False), ((ORANGE, "s"), (GREEN, "o"), (BLUE, "^")), strict=False
+        rows.groupby("rival", sort=False), ((ORANGE, "s"), (BLUE, "^"), (RED, "v"), (GREEN, "o")), strict=False
     ):
         axes.plot(group.experts, group.loss, color=color, marker=marker, label=name)
         for row in group.itertuples():
