@@ -100,14 +100,16 @@ def fill_readme():
 
 
 def with_results(text):
-    """README's text with the results in their place: for every GPU what omni_router takes in each case, and what a call
-    of it costs the host, and what came of the guide's expectations."""
+    """README's text with the results in their place: for every GPU what omni_router takes in each case, what it takes
+    inside its layer, what a call of it costs the host, and what came of the guide's expectations."""
     import calls  # here, since these read where the tables are when they are imported
+    import layer_study
     import speed_study
 
     before, rest = text.split(MARKS[0])
     results = (
         speed_study.told("targets", speed_study.targets_table),
+        speed_study.told("layer", layer_study.layer_table),
         speed_study.told("calls", calls.ratios_table),
         speed_study.told("guide", speed_study.guide_table),
     )

@@ -4,7 +4,6 @@ Times, the floor's bandwidth and the way tables are written are notebook 03's (s
 """
 
 import os
-import pydoc_data.topics
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -323,24 +322,10 @@ def draw_precision(rows):
 # --- training ---
 
 
-def corpus(device):
-    """The bytes of the text every Python ships: those to train on, and the last tenth to be tested on."""
-    text = torch.frombuffer(bytearray("\n".join(pydoc_data.topics.topics.values()).encode()), dtype=torch.uint8)
-    split = len(text) * 9 // 10
-    return text[:split].long().to(device), text[split:].long().to(device)
+def record_training(binary, runs, table="training"):
+    """Records a table with every few steps, and <table>_runs with one row a run.
 
-
-def batch(text, size, window, generator):
-    """`size` windows of bytes and the byte after each."""
-    starts = torch.randint(len(text) - window, (size, 1), generator=generator).to(text.device)
-    return text[starts + torch.arange(window, device=text.device)], text[starts[:, 0] + window]
-
-
-def record_training(binary, runs, sample):
-    """Tables training (every few steps), training_runs (one row a run) and training_sample (text).
-
-    runs: {name: dictionary with losses, seconds, experts (one count a layer), each a list with an entry a step,
-    test_loss and peak_bytes}. The first is the one that others are compared with.
+    runs: {name: what byte_model.train returns of a run}. The first is the one that others are compared with.
     """
     first = next(iter(runs.values()))
     steps, summary = [], []
@@ -354,8 +339,12 @@ def record_training(binary, runs, sample):
             "rival": name, "steps": len(run["losses"]), "step_ms": 1e3 * np.median(run["seconds"]),
             "peak_bytes": run["peak_bytes"], "test_loss": run["test_loss"], "largest_difference": apart,
         })  # fmt: skip
-    tables.append("training", steps, binary=binary)
-    tables.append("training_runs", summary, binary=binary)
+    tables.append(table, steps, binary=binary)
+    tables.append(f"{table}_runs", summary, binary=binary)
+
+
+def record_sample(binary, sample):
+    """Table training_sample: text that a model wrote."""
     shown = "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in sample)
     tables.append("training_sample", [{"text": shown}], binary=binary)
 
@@ -386,17 +375,3 @@ def draw_training(rows):
     right.legend(fontsize=8)
     figure.tight_layout()
     return figure
-
-
-def synchronize():
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def peak_bytes(restart=False):
-    """The most memory PyTorch had allocated at a time since it was last restarted; nothing without a GPU."""
-    if not torch.cuda.is_available():
-        return 0
-    if restart:
-        torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.max_memory_allocated()

@@ -10,14 +10,14 @@ import torch
 from cases import run_python
 from conftest import DEVICE
 
-from omni_kernels import brute_force_router, factored_router
+from omni_kernels import brute_force_router, factored_router, omni_router
 
 pytest.importorskip("seaborn")
 pd = pytest.importorskip("pandas")
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "notebooks"))
-binaries, calls, speed, study, tables, timing, training = (
+binaries, calls, layer, speed, study, tables, timing, training = (
     importlib.import_module(name)
-    for name in ("binaries", "calls", "speed_study", "study", "tables", "timing", "training_study")
+    for name in ("binaries", "calls", "layer_study", "speed_study", "study", "tables", "timing", "training_study")
 )
 
 MAIN, SMALL = speed.MAIN, speed.Case(7, 8, 4, "fp32")
@@ -604,3 +604,113 @@ def test_backwards_are_timed(name, no_tables, timed, monkeypatch, device):
     (found,) = tables.read("backward").to_dict("records")
     assert (found["rival"], found["us"], found["call_us"], found["binary"]) == (name, 2.0, 40.0, "b")
     assert found["check"] in ("equal", "last bits differ")
+
+
+@pytest.fixture
+def layer_rows(no_tables, timed, monkeypatch, device):
+    """The rows of a case of the layer, all parts among them, with times that a GPU might give; recorded."""
+    case = layer.MAIN._replace(num_tokens=5, num_expert_sqrt=16, k=4)
+    monkeypatch.setattr(layer, "MAIN", case)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    monkeypatch.setattr(
+        timing, "rounds_us", lambda works, rounds: {name: [float(len(name))] * rounds for name in works}
+    )
+    rows = layer.rows_of(case)
+    add_run(monkeypatch, "A GPU", "2.0", "layer", *rows)
+    return {found["rival"]: found for found in rows}
+
+
+def test_the_layer_is_measured_once_what_is_right(layer_rows):
+    assert [found["error"] for found in layer_rows.values()] == [None] * len(layer_rows)
+    steps = [f"{name}, {layer.BOTH}" for name in layer.COMPARED]
+    assert [layer_rows[name]["us"] for name in steps] == list(map(len, steps))
+    others = layer_rows.keys() - set(steps)
+    assert {layer_rows[name]["us"] for name in others} == {2.0}
+    assert {name for names in layer.STACKS.values() for name in names} <= others
+    assert layer_rows[layer.OURS]["floor_us"] == pytest.approx(5 * (2 * 16 * 2 + 4 * 6) / 3e6)
+    assert layer_rows[layer.BACKWARD]["floor_us"] == pytest.approx(5 * (4 * 16 * 2 + 4 * 6) / 3e6)
+    known = tables.last_keys(tables.read("layer"), ["rival", *speed.CASE])
+    assert layer.rows_of(layer.MAIN, known) == []
+
+
+def test_wrong_layers_are_not_timed(no_tables, timed, monkeypatch, device):
+    def wrong(x, y, k, *args, normalize=None):
+        scores, experts = layer_router(x, y, k, *args, normalize=normalize)
+        return (scores * 1.01 if normalize else scores), experts
+
+    layer_router = layer.omni_router
+    monkeypatch.setattr(layer, "omni_router", wrong)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    monkeypatch.setattr(timing, "rounds_us", lambda works, rounds: {name: [1.0] * rounds for name in works})
+    rows = {found["rival"]: found for found in layer.rows_of(SMALL)}
+    failed = {name: found["error"] for name, found in rows.items() if found["error"]}
+    assert failed == {
+        layer.OURS: "ValueError: scores differ",
+        layer.BACKWARD: "ValueError: gradients differ",
+        f"{layer.OURS}, {layer.BOTH}": "ValueError: gradients differ",
+    }
+    assert [rows[name]["us"] for name in failed] == [None] * 3
+
+
+@pytest.mark.parametrize("counts", [0, 1, 3])
+def test_wrong_counts_are_seen(counts):
+    x, y = torch.tensor([[4.0, 0.0]]), torch.tensor([[4.0, 0.0]])
+    scores, experts, right = layer.adaptive_router(x, y, 3, top_p=layer.TOP_P)
+    layer.check_result((scores, experts, right), omni_router(x, y, 3)[1], x, y)
+    wrong = right + 1 if counts == right else torch.tensor([counts])
+    with pytest.raises(ValueError, match="counts differ"):
+        layer.check_result((scores, experts, wrong), omni_router(x, y, 3)[1], x, y)
+
+
+def test_the_layer_is_told_and_drawn(layer_rows, tmp_path, monkeypatch):
+    first = {
+        layer.forward_table: "| 5 | 16 | 0.000147 | 2 | 2 | 1.00 | 2 | 2 | 2 | 1.00 |",
+        layer.backward_table: "| 5 | 16 | 0.000253 | 2 | 0.0% |",
+        layer.steps_table: "| 5 | 16 | 39 | 44 | 54 | 0.89 | 0.72 |",
+        layer.layer_table: "| 5 | 16 | 2 | 2 | 2 | 2 | 39 | 44 | 54 | 0.72 |",
+    }
+    for table, line in first.items():
+        head, rule, *lines = speed.told("layer", table).splitlines()[2:]
+        assert lines == [line]
+        assert head.count("|") == rule.count("|") == line.count("|")
+    monkeypatch.setattr(speed.save_figure.__globals__["plt"], "show", lambda: None)
+    monkeypatch.setitem(speed.save_figure.__globals__, "FIGURES", tmp_path)
+    speed.show("layer", layer.draw_layer, "layer")
+    assert (tmp_path / "layer.png").exists()
+    assert "| 39 |" in study.with_results("\n".join(study.MARKS))
+
+
+def test_adaptive_routing_is_told_and_drawn():
+    curve = pd.DataFrame([{"rival": rule, "value": 0.5, "experts": 2.0, "loss": 1.5} for rule in ("top_p", "min_p")])
+    assert layer.adaptive_table(curve).splitlines()[2:] == [f"| {rule} | 0.5 | 2.00 | 1.5000 |" for rule in curve.rival]
+    assert [line.get_label() for line in layer.draw_adaptive(curve).axes[0].lines] == ["top_p", "min_p"]
+    text = [{"layer": 1 + place % 2, "position": place // 2, "byte": byte, "experts": 3}
+            for place, byte in enumerate(b"aabb  \n\n")]  # fmt: skip
+    panels = layer.draw_text(pd.DataFrame(text)).axes
+    assert [label.get_text() for label in panels[-1].get_xticklabels()] == list("ab␣↵")
+    assert [[bar.get_height() for bar in axes.patches] for axes in panels] == [[3] * 4] * 2
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU would measure")
+def test_the_layer_without_a_gpu(no_tables, capsys):
+    assert layer.measure() == "not measured: no GPU here"
+    assert speed.told("layer", layer.layer_table) == speed.NO_RESULTS
+    speed.show("layer", layer.draw_layer, "layer")
+    assert capsys.readouterr().out == f"{speed.NO_RESULTS}\n"
+
+
+def test_the_layer_is_as_accurate_as_promised(device):
+    ours, rival = layer.errors_of(SMALL, 4.0)
+    assert (ours["rival"], rival["rival"]) == (layer.OURS, layer.EAGER)
+    assert all(ours[column] <= bound for column, bound in layer.PROMISED.items())
+    assert 0 < rival["probability_error"] < 1e-5
+    head, rule, *lines = layer.accuracy_table(pd.DataFrame([ours, rival])).splitlines()
+    assert [line.count("|") for line in (head, rule, *lines)] == [8] * 4
+
+
+def test_recorded_rows_of_the_layer_are_sound(recorded_tables):
+    found = speed.latest("layer")
+    assert len(found) == 0 or found.error.isna().all()
+    accuracy = tables.read("layer_accuracy")
+    for column, bound in layer.PROMISED.items() if len(accuracy) else ():
+        assert (accuracy[accuracy.rival == layer.OURS][column] <= bound).all()
