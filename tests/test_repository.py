@@ -102,7 +102,7 @@ LAYERS = [
     ["factored.keys", "factored.networks"],
     ["factored.pairs", "factored.rows"],
     ["factored.frontier", "factored.lanes", "factored.tile"],
-    ["factored"],
+    ["factored", "sharded"],
     ["backward", "forward", "original", "split_forward"],
     ["router"],
     ["adaptive"],
