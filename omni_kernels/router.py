@@ -93,32 +93,33 @@ def sharded_router(
 ):
     """`omni_router` of DTensors, which calls this for them.
 
-    Experts are those that one process chooses from whole logits, and scores and gradients are the same, bit for bit. But
-    where the factors are sharded, "softmax" and "log_softmax" may differ within their accuracy, since they take sums of
-    the ranks' sums. Gradients have the placements of the logits.
+    Experts are those that one process chooses from whole logits, and scores and gradients are the same, bit for bit.
+    But where the factors are sharded, "softmax" and "log_softmax" may differ within their accuracy, since they take
+    sums of the ranks' sums. Gradients have the placements of the logits.
 
     What happens along a dimension of the mesh depends on the placements of x and y there:
 
-        Shard of tokens, Replicate: every rank routes what it has, without communication. If one is sharded and the other
-            replicated, the results are sharded.
+        Shard of tokens, Replicate: every rank routes what it has, without communication. If one is sharded and the
+            other replicated, the results are sharded.
         Shard(-1): the factors are sharded, as column-parallel gates leave them. The results are replicated, or with
             shard_tokens Shard(0): then every rank finishes a part of the tokens, which is less traffic and less work.
-        Others, and shards of different dimensions: PyTorch redistributes them to x's shard of tokens, else y's, else to
-            Replicate. The gradient of Partial is Replicate.
+        Others, and shards of different dimensions: PyTorch redistributes them to x's shard of tokens, else y's, else
+            to Replicate. The gradient of Partial is Replicate.
 
     Where the factors are sharded, a rank sends the k best columns that it has of x and of y as packed keys, of 4 bytes
-    for 16-bit logits and 8 for fp32, and two fp32 numbers a token for a softmax over all experts. So 2 * ranks * k keys a
-    token arrive, against 2 * N logits of half their width if the logits were gathered. They are gathered unless
+    for 16-bit logits and 8 for fp32, and two fp32 numbers a token for a softmax over all experts. So 2 * ranks * k
+    keys a token arrive, against 2 * N logits of half their width if the logits were gathered. They are gathered unless
     2 * ranks * k < N, and also if several dimensions of the mesh shard the factors. N need not be a multiple of the
-    ranks. The gradient of a rank's own columns needs communication only with shard_tokens. It has no second derivative.
+    ranks. The gradient of a rank's own columns needs communication only with shard_tokens. It has no second
+    derivative.
 
     Ranks that communicate first tell each other, in a few integers, whether they refuse their arguments and what they
-    bring. These travel by CPU if the group has a backend for it, as "cpu:gloo,cuda:nccl" has. Else the host waits for the
-    GPU. Compiled code skips this. torch.compile(fullgraph=True) takes it.
+    bring. These travel by CPU if the group has a backend for it, as "cpu:gloo,cuda:nccl" has. Else the host waits for
+    the GPU. Compiled code skips this. torch.compile(fullgraph=True) takes it.
 
-    A rank that dies or never calls leaves the others waiting until the group's timeout ends them. Set it where the group
-    is made, long enough for the slowest step: `init_process_group(..., timeout=datetime.timedelta(minutes=5))` for a mesh
-    of one dimension over all ranks, else `new_group(..., timeout=...)` and `DeviceMesh.from_group`.
+    A rank that dies or never calls leaves the others waiting until the group's timeout ends them. Set it where the
+    group is made, long enough for the slowest step: `init_process_group(..., timeout=datetime.timedelta(minutes=5))`
+    for a mesh of one dimension over all ranks, else `new_group(..., timeout=...)` and `DeviceMesh.from_group`.
 
     Args:
         router_logits_x: (..., N), a DTensor, else as for `omni_router`.

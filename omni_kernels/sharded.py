@@ -151,6 +151,8 @@ def _agree(x, y, check, facts, *others):
         k = check()
     except (TypeError, ValueError) as error:
         refusal = error
+    if mesh.get_coordinate() is None:
+        raise refusal
     given = [tensor for tensor in given if tensor.device_mesh == mesh]
     last = given[0].ndim - 1
     for dim in range(mesh.ndim):
