@@ -104,8 +104,11 @@ def _redistributed(tensor, placements):
 
 def _wrapped(tensor, mesh, placements, shape):
     """The DTensor of a shape that has this local part."""
-    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    return DTensor.from_local(tensor, mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(strides))
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * max(size, 1))
+    shape, strides = torch.Size(shape), tuple(reversed(strides))
+    return DTensor.from_local(tensor, mesh, placements, run_check=False, shape=shape, stride=strides)
 
 
 class _Local(torch.autograd.Function):

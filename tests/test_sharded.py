@@ -97,7 +97,7 @@ def check_two_placements(device, rank, num_ranks):
     assert_routes(x, y, 3, mesh, [Shard(2)], want=[Shard(0)], shard_tokens=True)
     for placement in (Replicate(), Shard(0)):
         assert_routes(x[0, 0], y[0, 0], 3, mesh, [placement], want=[Replicate()])
-    assert_routes(x[:, :0], y[:, :0], 3, mesh, [Shard(2)], want=[Replicate()])
+    assert_routes(*torch.zeros(2, 2, 0, 29, device=device), 3, mesh, [Shard(2)], want=[Replicate()])
     assert_routes(x, y, 0, mesh, [Shard(2)], want=[Replicate()])
 
 
@@ -137,7 +137,7 @@ def check_shapes(device, rank, num_ranks):
     mesh = init_device_mesh(device.type, (num_ranks,))
 
     @settings(
-        max_examples=40,
+        max_examples=30,
         deadline=None,
         derandomize=True,
         phases=[Phase.generate],
@@ -206,7 +206,7 @@ def check_compile(device, rank, num_ranks):
         ([Shard(1)], omni_router, {}),
         ([Shard(1)], sharded_router, {"shard_tokens": True, "normalize": "softmax"}),
     ]
-    for placements, function, options in cases if num_ranks == 2 else cases[2 : num_ranks + 1]:  # compiling takes long
+    for placements, function, options in cases if num_ranks == 2 else cases[num_ranks - 1 :][:1]:  # it takes long
         torch._dynamo.reset()
         compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
         assert_routes(x, y, 3, mesh, placements, function=compiled, **options)
