@@ -278,7 +278,7 @@ def _register(name, arguments, run, fake, function, router):
     Traced, it leaves its kernel alone in the graph: an operator without derivatives, which writes to matrices that the
     graph makes. That costs a third of the time a call, since nobody asks what came back for its strides and alignment.
     """
-    operator = _define(name, f"({arguments}) -> (Tensor, Tensor)", run, fake)
+    operator = define(name, f"({arguments}) -> (Tensor, Tensor)", run, fake)
     tensors = ", ".join(arguments.split(", ")[:2])
 
     def write(first, second, *matrices):
@@ -290,7 +290,7 @@ def _register(name, arguments, run, fake, function, router):
             other.copy_(results[1])
 
     schema = f"({tensors}, Tensor(a!) result, Tensor(b!) result_2) -> ()"
-    kernel = _define(f"{name}_kernel", schema, write, lambda *_: None)
+    kernel = define(f"{name}_kernel", schema, write, lambda *_: None)
 
     def leave_kernel(*args):
         matrices = fake(*args)
@@ -317,7 +317,7 @@ def _register_pairs(name, router):
         tensors, shape = _fold_into_tokens(info, in_dims, *tensors)
         return operator(*tensors).unflatten(0, shape), 0
 
-    operator = _define(name, f"({tensors}) -> Tensor", reference.sums_of_pairs, fake)
+    operator = define(name, f"({tensors}) -> Tensor", reference.sums_of_pairs, fake)
     _differentiate(name, operator, _SumsOfPairs, router, reference.sums_of_pairs)
     torch.library.register_vmap(operator, batch, lib=_LIBRARY)
     return operator
@@ -366,7 +366,8 @@ def _is_traced():
     return _C._get_dispatch_mode(_C._TorchDispatchModeKey.PROXY) is not None and forward_ad._current_level < 0
 
 
-def _define(name, schema, run, fake):
+def define(name, schema, run, fake):
+    """An operator without derivatives, for any device."""
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     operator = getattr(getattr(torch.ops, _LIBRARY.ns), name).default

@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from . import reference
 from .distributed import backends_of, consult, raise_together, refusal_code
-from .operators import as_matrix
+from .factored import lists
+from .operators import as_matrix, define
 
 _all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor  # before PyTorch 2.12
 
@@ -312,14 +313,28 @@ class _Own(torch.autograd.Function):
         return *(part[:, :num_columns].contiguous() for part in grads), None, None, None, None
 
 
-def _keys_by_column(logits, k, first):
-    """The packed keys of the k best columns, in the order of columns; k are there even if the columns are fewer."""
-    keys = reference.top_keys(logits.detach(), min(k, logits.shape[1]))
+def _best_columns(x, y, k, first_column):
+    """`lists.best_columns`, by PyTorch where no kernel takes them."""
+    if lists.runs_on(x, k):
+        return lists.best_columns(x, y, k, first_column)
+    return torch.cat([_keys_by_column(logits, k, first_column) for logits in (x, y)], 1)
+
+
+def _keys_by_column(logits, k, first_column):
+    keys = reference.top_keys(logits, min(k, logits.shape[1]))
     low = 0x7FFFFFFF if logits.dtype == torch.float32 else 0xFFFF
-    keys = keys.gather(1, (keys & low).argsort(1, descending=True)) - first
-    # What stands for no column is below all keys of columns, and in none.
+    keys = keys.gather(1, (keys & low).argsort(1, descending=True)) - first_column
     none = reference.top_keys(logits.new_full((1, 1), -torch.inf), 1) - low
     return torch.cat((keys, none.expand(len(keys), k - keys.shape[1])), 1)
+
+
+def _empty_keys(x, _, k, __):
+    return x.new_empty((len(x), 2 * k), dtype=torch.int64 if x.dtype == torch.float32 else torch.int32)
+
+
+_BEST_COLUMNS = define(
+    "best_columns", "(Tensor x, Tensor y, SymInt k, SymInt first) -> Tensor", _best_columns, _empty_keys
+)
 
 
 def _route_candidates(functions, x, y, k, scores_dtype, normalize, way):
@@ -328,7 +343,7 @@ def _route_candidates(functions, x, y, k, scores_dtype, normalize, way):
     dtype, tokens = x.dtype, x.shape[:-1]
     scores_dtype = scores_dtype or dtype
     x, y = as_matrix(x), as_matrix(y)
-    keys = torch.cat([_keys_by_column(logits, k, way.first) for logits in (x, y)], 1)
+    keys = _BEST_COLUMNS(x.detach(), y.detach(), k, way.first)
     sums, over_all = None, normalize in ("softmax", "log_softmax")
     if normalize is not None:
         x, y = x.float(), y.float()  # so that gradients are rounded once
