@@ -6,7 +6,13 @@ with as_triton_was_imported():
     from .adaptive import ExpertGroups, adaptive_router, to_csr
     from .factored import explain
     from .reference import brute_force_router, factored_router
-    from .router import omni_router, replay, triton_omni_router_func, triton_omni_router_func_optimized
+    from .router import (
+        omni_router,
+        replay,
+        sharded_router,
+        triton_omni_router_func,
+        triton_omni_router_func_optimized,
+    )
 
 __all__ = [
     "ExpertGroups",
@@ -19,6 +25,7 @@ __all__ = [
     "get_device",
     "omni_router",
     "replay",
+    "sharded_router",
     "to_csr",
     "triton_omni_router_func",
     "triton_omni_router_func_optimized",

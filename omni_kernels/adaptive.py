@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .checks import check, check_limit, check_pairs, check_scores_dtype, check_values
-from .operators import assume_same_tokens, is_plain
-from .router import omni_router
+from .operators import assume_same_tokens, is_distributed, is_plain
+from .router import omni_router, route_distributed
 
 ONE = 2.0**60  # of a probability as an integer: those down to 2**-37 are such integers exactly
 
@@ -40,7 +40,8 @@ def adaptive_router(
     token whose row of x or of y is masked altogether has count 0. A kept score may still round to 0 in fp16. A token
     with NaN or +inf among its logits shows it: it keeps all k, with NaN for every score and valid indices.
 
-    Nothing waits for the GPU. Compilers, export, CUDA graphs and transforms take it as they take `omni_router`.
+    Nothing waits for the GPU. Compilers, export, CUDA graphs and transforms take it as they take `omni_router`. Of
+    DTensors the results are DTensors, as from `sharded_router`.
 
     top_p is nucleus sampling (Holtzman et al., 2020) in a router, as in dynamic routing (Huang et al., 2024, "Harder
     Tasks Need More Experts"); min_p is min-p sampling (Nguyen et al., 2024).
@@ -62,16 +63,28 @@ def adaptive_router(
         TypeError: as `omni_router`, or the one argument is no float or int.
         ValueError: as `omni_router`, none or several of the three are given, or the one is out of range.
     """
-    limit, value = check_limit(top_p=top_p, min_p=min_p, threshold=threshold)
     x, y = router_logits_x, router_logits_y
-    if isinstance(x, Tensor) and isinstance(y, Tensor):
-        assume_same_tokens(x, y)
-    k = check(x, y, max_experts_per_token, "max_experts_per_token")
-    check_scores_dtype(scores_dtype)
-    scores, indices = omni_router(x, y, k, scores_dtype=torch.float32, normalize="softmax")
-    dropped = _dropped(scores.detach(), limit, value)
-    scores = scores.masked_fill(dropped, 0.0).to(scores_dtype or x.dtype)
-    return scores, indices.masked_fill(dropped, -1), (~dropped).sum(-1, dtype=torch.int32)
+
+    def check_all():
+        check_limit(top_p=top_p, min_p=min_p, threshold=threshold)
+        if isinstance(x, Tensor) and isinstance(y, Tensor):
+            assume_same_tokens(x, y)
+        k = check(x, y, max_experts_per_token, "max_experts_per_token")
+        check_scores_dtype(scores_dtype)
+        return k
+
+    def keep(scores, indices):
+        dropped = _dropped(scores.detach(), *check_limit(top_p=top_p, min_p=min_p, threshold=threshold))
+        scores = scores.masked_fill(dropped, 0.0).to(scores_dtype or x.dtype)
+        return scores, indices.masked_fill(dropped, -1), (~dropped).sum(-1, dtype=torch.int32)
+
+    if is_distributed(x, y):
+        from .sharded import on_local_tokens  # half a second that others need not wait
+
+        facts = {"scores_dtype": scores_dtype, "top_p": top_p, "min_p": min_p, "threshold": threshold}
+        results = route_distributed(x, y, max_experts_per_token, torch.float32, "softmax", check_all, facts)
+        return on_local_tokens(keep, *results)
+    return keep(*omni_router(x, y, check_all(), scores_dtype=torch.float32, normalize="softmax"))
 
 
 def _dropped(scores, limit, value):

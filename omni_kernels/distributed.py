@@ -113,13 +113,13 @@ def dispatch(hidden, scores, indices, num_experts, group=None):
         But for the group, which a rank can only refuse alone, all ranks raise if one does.
     """
     rank, num_ranks = _place(group)
-    backends = _backends(group)
+    backends = backends_of(group)
     refusal, alike, counts = None, [0] * len(ALIKE), None
     try:
         num_experts = check_pairs(scores, indices, None, num_experts)
         check_hidden(hidden, scores, backends)
     except (TypeError, ValueError) as error:
-        refusal, refused, wanted, device = error, _code(error), (False, False), None
+        refusal, refused, wanted, device = error, refusal_code(error), (False, False), None
     else:
         k, device = scores.shape[-1], hidden.device
         enabled = torch.is_grad_enabled()
@@ -137,13 +137,13 @@ def dispatch(hidden, scores, indices, num_experts, group=None):
         refused = ((experts < -1) | (experts >= num_experts)).any() * REFUSALS.index(ValueError)
         sending = _Sending(experts, num_experts, num_ranks)
         counts = sending.counts
-    sent, received = _consult(group, backends, device, refused, [*alike, *wanted], counts)
+    sent, received = consult(group, backends, device, refused, [*alike, *wanted], counts)
     if refusal is None and sent[0][0]:
         try:
             check_values("indices", indices, -1, num_experts - 1)
         except ValueError as error:
             refusal = error
-    _raise_together(refusal, received)
+    raise_together(refusal, received)
     for i, (name, meaning) in enumerate(ALIKE.items()):
         values = [meaning(row[1 + i]) for row in received]
         if len(set(values)) > 1:
@@ -214,10 +214,10 @@ def combine(outputs, dispatched):
         check_outputs(outputs, dispatched.hidden, len(dispatched.rows))
         wanted = enabled and outputs.requires_grad
     except (TypeError, ValueError) as error:
-        refusal, refused = error, _code(error)
+        refusal, refused = error, refusal_code(error)
     facts = [enabled, wanted]
-    _, received = _consult(exchange.group, _backends(exchange.group), device, refused, facts)
-    _raise_together(refusal, received)
+    _, received = consult(exchange.group, backends_of(exchange.group), device, refused, facts)
+    raise_together(refusal, received)
     if len({row[1] for row in received}) > 1:
         raise ValueError("torch.is_grad_enabled() must be the same on every rank")
     outputs = _requiring(outputs, any(row[2] for row in received))
@@ -239,16 +239,16 @@ def _place(group):
     return rank, dist.get_world_size(group)
 
 
-def _backends(group):
+def backends_of(group):
     """The group's backend for every type of device."""
     return dict(part.split(":") for part in dist.get_backend_config(group).split(","))
 
 
-def _code(error):
+def refusal_code(error):
     return REFUSALS.index(TypeError if isinstance(error, TypeError) else ValueError)
 
 
-def _consult(group, backends, device, refused, facts, counts=None):
+def consult(group, backends, device, refused, facts, counts=None):
     """What this rank told each rank, and each told it, as lists of integers: refused, facts, three counts.
 
     The integers travel by a device that all ranks choose alike, since one of them may have brought no tensor: by a GPU
@@ -267,7 +267,7 @@ def _consult(group, backends, device, refused, facts, counts=None):
     return torch.stack((message, answer)).tolist()
 
 
-def _raise_together(refusal, received):
+def raise_together(refusal, received):
     if refusal is not None:
         raise refusal
     for rank, (code, *_) in enumerate(received):

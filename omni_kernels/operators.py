@@ -130,6 +130,11 @@ def _sees_functions():
     return any(type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
 
 
+def is_distributed(*tensors):
+    """Whether one of some arguments is a DTensor: told by an attribute, as to import the class takes half a second."""
+    return any(hasattr(tensor, "device_mesh") for tensor in tensors)
+
+
 def assume_same_tokens(x, other):
     """While tracing: token counts that only the data tells are checked when the program runs, all others by the checks
     of checks.py."""
@@ -138,8 +143,11 @@ def assume_same_tokens(x, other):
 
         for size, size_of_other in zip(x.shape[:-1], other.shape[:-1], strict=True):
             if not guard_or_false(size != size_of_other):
-                # PyTorch 2.11 takes no message that refers to a variable.
-                check_at_run_time(size == size_of_other, lambda: "tokens must be those of router_logits_x")
+                # PyTorch 2.11 compiles no message that depends on anything.
+                check_at_run_time(
+                    size == size_of_other,
+                    lambda: "router_logits_y must have the tokens of router_logits_x, and so must indices",
+                )
 
 
 def as_matrix(tensor):
@@ -165,6 +173,7 @@ def is_ordinary(x, y, k):
         and x.dtype.itemsize in (2, 4)
         and not (x.is_sparse or x.is_sparse_csr or x.is_mkldnn or x.is_nested)
         and not (y.is_sparse or y.is_sparse_csr or y.is_mkldnn or y.is_nested)
+        and x.__class__.__name__ != "DTensor" != y.__class__.__name__
         and x.device == y.device
         and 1 <= x.shape[1] <= 46340
         and 0 <= k <= x.shape[1] * x.shape[1]
@@ -326,7 +335,7 @@ def _register(name, arguments, run, fake, function, router):
     Traced, it leaves its kernel alone in the graph: an operator without derivatives, which writes to matrices that the
     graph makes. That costs a third of the time a call, since nobody asks what came back for its strides and alignment.
     """
-    operator = _define(name, f"({arguments}) -> (Tensor, Tensor)", run, fake)
+    operator = define(name, f"({arguments}) -> (Tensor, Tensor)", run, fake)
     tensors = ", ".join(arguments.split(", ")[:2])
 
     def write(first, second, *matrices):
@@ -338,7 +347,7 @@ def _register(name, arguments, run, fake, function, router):
             other.copy_(results[1])
 
     schema = f"({tensors}, Tensor(a!) result, Tensor(b!) result_2) -> ()"
-    kernel = _define(f"{name}_kernel", schema, write, lambda *_: None)
+    kernel = define(f"{name}_kernel", schema, write, lambda *_: None)
 
     def leave_kernel(*args):
         matrices = fake(*args)
@@ -365,7 +374,7 @@ def _register_pairs(name, router):
         tensors, shape = _fold_into_tokens(info, in_dims, *tensors)
         return operator(*tensors).unflatten(0, shape), 0
 
-    operator = _define(name, f"({tensors}) -> Tensor", reference.sums_of_pairs, fake)
+    operator = define(name, f"({tensors}) -> Tensor", reference.sums_of_pairs, fake)
     _differentiate(name, operator, _SumsOfPairs, router, reference.sums_of_pairs)
     torch.library.register_vmap(operator, batch, lib=_LIBRARY)
     return operator
@@ -414,7 +423,8 @@ def _is_traced():
     return _C._get_dispatch_mode(_C._TorchDispatchModeKey.PROXY) is not None and forward_ad._current_level < 0
 
 
-def _define(name, schema, run, fake):
+def define(name, schema, run, fake):
+    """An operator without derivatives, for any device."""
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     operator = getattr(getattr(torch.ops, _LIBRARY.ns), name).default

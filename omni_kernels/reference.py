@@ -142,7 +142,12 @@ def origins(best_x, best_y):
     return tuple(best.masked_fill(best == -torch.inf, 0.0) for best in (best_x, best_y))
 
 
-def normalize_sums(sums, x, y, best_x, best_y, normalize):
+def sum_of_exponentials(logits, origin):
+    """The sum of exp(logit - origin) of each row, (num_tokens, 1)."""
+    return (logits - origin).exp().sum(1, keepdim=True)
+
+
+def normalize_sums(sums, x, y, best_x, best_y, normalize, totals=None):
     """The softmax of the sums of chosen experts, or its logarithm.
 
     Over all N² experts it takes the sums of both rows alone: sum of exp(x[i] + y[j]) over all pairs is sum of exp(x[i])
@@ -154,6 +159,7 @@ def normalize_sums(sums, x, y, best_x, best_y, normalize):
         x, y: (num_tokens, N), fp32, all the logits.
         best_x, best_y: from `best_logits`.
         normalize: "softmax" or "log_softmax" over all experts, or "topk": softmax over the chosen.
+        totals: the `sum_of_exponentials` of x and of y, with `origins`, if known; x and y are not looked at then.
 
     Returns:
         scores (num_tokens, k), fp64. Of a token whose rows of x or y are masked altogether: all 0, or -inf of
@@ -165,8 +171,9 @@ def normalize_sums(sums, x, y, best_x, best_y, normalize):
         masked = (sums == -torch.inf).all(1, keepdim=True)
         chances = sums.masked_fill(masked, 0.0).softmax(1).masked_fill(masked, 0.0)
         return chances + torch.where(best.float() < torch.inf, 0.0, torch.nan)
-    for logits, row_best, origin in zip((x, y), (best_x, best_y), origins(best_x, best_y), strict=True):
-        total = (logits - origin).exp().sum(1, keepdim=True)
+    if totals is None:
+        totals = map(sum_of_exponentials, (x, y), origins(best_x, best_y))
+    for total, row_best in zip(totals, (best_x, best_y), strict=True):
         sums = sums - total.masked_fill(row_best == -torch.inf, 1.0).double().log()
     logs = sums.masked_fill(best == -torch.inf, -torch.inf)
     return logs if normalize == "log_softmax" else logs.exp()
@@ -252,18 +259,36 @@ def _route_slice(x, y, k, rank_x, rank_y, looks=False):
     ordinary = (best_x[:, :1] < torch.inf) & (best_y[:, :1] < torch.inf)
     first = torch.arange(k, device=x.device)
     masked = ordinary & (x[:, first // num_expert_sqrt].float() + y[:, first % num_expert_sqrt].float() == -torch.inf)
+    return scores, fill_masked(scores, indices, masked)
+
+
+def fill_masked(scores, indices, masked):
+    """The indices of the k best, (num_tokens, k), of which those that score -inf become the lowest that are masked.
+
+    scores: of these, fp32. masked: (num_tokens, k), which of the experts 0 to k - 1 are, for this purpose.
+    """
+    k = indices.shape[1]
     slot = (scores > -torch.inf).sum(1, keepdim=True) + masked.cumsum(1) - 1
     slot = torch.where(masked & (slot < k), slot, k)  # column k takes what is not wanted
-    indices = torch.cat((indices, indices[:, :1]), dim=1).scatter(1, slot, first.expand_as(slot))
-    return scores, indices[:, :k]
+    first = torch.arange(k, device=indices.device, dtype=indices.dtype)
+    return torch.cat((indices, indices[:, :1]), dim=1).scatter(1, slot, first.expand_as(slot))[:, :k]
 
 
 def _top(logits, count, finite):
     """The `count` largest logits of each row, lower columns first among equals: fp32 values (-0.0 as 0.0), columns."""
+    return unpack_keys(top_keys(logits, count, finite), logits.dtype)
+
+
+def top_keys(logits, count, finite=False):
+    """The same as packed keys, descending: int64 of fp32 logits, int32 of others."""
     columns = torch.arange(logits.shape[1], device=logits.device)
-    if logits.dtype == torch.float32:
-        return _unpack(_pack(logits, columns, finite).topk(count).values)
-    return _unpack_short(_pack_short(logits, columns, finite).topk(count).values, logits.dtype)
+    pack = _pack if logits.dtype == torch.float32 else _pack_short
+    return pack(logits, columns, finite).topk(count).values
+
+
+def unpack_keys(keys, dtype):
+    """The fp32 values and the columns of packed keys of logits of a dtype."""
+    return _unpack(keys) if dtype == torch.float32 else _unpack_short(keys, dtype)
 
 
 def _pack(value, index, finite=False):

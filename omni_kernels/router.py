@@ -1,5 +1,7 @@
 """The functions people call: they check their arguments and call their kernels through operators.py."""
 
+import functools
+
 from torch import Tensor
 from torch.compiler import is_compiling
 
@@ -14,7 +16,7 @@ from .checks import (
     check_values,
     is_usual,
 )
-from .operators import Pairs, Router, Scores, as_matrix, assume_same_tokens, is_ordinary, is_plain
+from .operators import Pairs, Router, Scores, as_matrix, assume_same_tokens, is_distributed, is_ordinary, is_plain
 
 
 def omni_router(router_logits_x, router_logits_y, num_experts_per_token, scores_dtype=None, normalize=None):
@@ -39,7 +41,8 @@ def omni_router(router_logits_x, router_logits_y, num_experts_per_token, scores_
     NaN for all normalized scores; for "topk" so has one whose best score is +inf in fp32.
 
     torch.compile(fullgraph=True), torch.export, CUDA graphs and the transforms of torch.func take it as it is (vmap
-    folds its dimension into the tokens). Autocast leaves it alone: it routes in the dtype it is given.
+    folds its dimension into the tokens). Autocast leaves it alone: it routes in the dtype it is given. DTensors give
+    DTensors, whether tokens or factors are sharded: see `sharded_router`.
 
     Args:
         router_logits_x: (..., N), fp32, fp16 or bf16, any strides, on a GPU or the CPU; N from 1 to 46340. Leading
@@ -85,6 +88,80 @@ def omni_router(router_logits_x, router_logits_y, num_experts_per_token, scores_
     return _route(router_logits_x, router_logits_y, num_experts_per_token, scores_dtype, normalize)
 
 
+def sharded_router(
+    router_logits_x, router_logits_y, num_experts_per_token, scores_dtype=None, normalize=None, shard_tokens=False
+):
+    """`omni_router` of DTensors, which calls this for them.
+
+    Experts are those that one process chooses from whole logits, and scores and gradients are the same, bit for bit.
+    But where the factors are sharded, "softmax" and "log_softmax" may differ within their accuracy, since they take
+    sums of the ranks' sums. Gradients have the placements of the logits.
+
+    What happens along a dimension of the mesh depends on the placements of x and y there:
+
+        Shard of tokens, Replicate: every rank routes what it has, without communication. If one is sharded and the
+            other replicated, the results are sharded.
+        Shard(-1): the factors are sharded, as column-parallel gates leave them. The results are replicated, or with
+            shard_tokens Shard(0): then every rank finishes a part of the tokens, which is less traffic and less work.
+        Others, and shards of different dimensions: PyTorch redistributes them to x's shard of tokens, else y's, else
+            to Replicate. The gradient of Partial is Replicate.
+
+    Where the factors are sharded, a rank sends the k best columns that it has of x and of y as packed keys, of 4 bytes
+    for 16-bit logits and 8 for fp32, and two fp32 numbers a token for a softmax over all experts. So 2 * ranks * k
+    keys a token arrive, against 2 * N logits of half their width if the logits were gathered. They are gathered unless
+    2 * ranks * k < N, and also if several dimensions of the mesh shard the factors. N need not be a multiple of the
+    ranks. The gradient of a rank's own columns needs communication only with shard_tokens. It has no second
+    derivative.
+
+    Ranks that communicate first tell each other, in a few integers, whether they refuse their arguments and what they
+    bring. These travel by CPU if the group has a backend for it, as "cpu:gloo,cuda:nccl" has. Else the host waits for
+    the GPU. Compiled code skips this. torch.compile(fullgraph=True) takes it.
+
+    A rank that dies or never calls leaves the others waiting until the group's timeout ends them. Set it where the
+    group is made, long enough for the slowest step: `init_process_group(..., timeout=datetime.timedelta(minutes=5))`
+    for a mesh of one dimension over all ranks, else `new_group(..., timeout=...)` and `DeviceMesh.from_group`.
+
+    Args:
+        router_logits_x: (..., N), a DTensor, else as for `omni_router`.
+        router_logits_y: the same shape, dtype and mesh.
+        num_experts_per_token, scores_dtype, normalize: as for `omni_router`.
+        shard_tokens: whether a dimension of the mesh that shards the factors shards dimension 0 of the results.
+
+    Returns:
+        scores, indices: as of `omni_router`, but DTensors.
+
+    Raises:
+        TypeError: as `omni_router`, or only one of the two is a DTensor, or neither.
+        ValueError: as `omni_router`; meshes differ, or this rank is not in them; a local tensor is not the part that a
+            DTensor has there; shard_tokens where there is no dimension of tokens; ranks that communicate bring what
+            should be alike and is not.
+        Of ranks that communicate all raise if one does.
+    """
+    x, y, k = router_logits_x, router_logits_y, num_experts_per_token
+    if not is_distributed(x, y):
+        raise TypeError(f"router_logits_x must be a DTensor, got {type(x).__name__}")
+
+    def check_all():
+        check_scores_dtype(scores_dtype)
+        check_normalize(normalize)
+        known = check(x, y, k)
+        if shard_tokens and x.ndim == 1:
+            raise ValueError(f"shard_tokens needs router_logits_x of a dimension of tokens, got shape {tuple(x.shape)}")
+        return known
+
+    facts = {"scores_dtype": scores_dtype, "normalize": normalize, "shard_tokens": shard_tokens}
+    return route_distributed(x, y, k, scores_dtype, normalize, check_all, facts, shard_tokens)
+
+
+def route_distributed(x, y, k, scores_dtype, normalize, check_all, facts, shard_tokens=False):
+    """`sharded_router` with other checks: check_all gives k, and facts, by their names, are the same on all ranks."""
+    from . import sharded  # half a second that others need not wait
+
+    functions = omni_router, _PAIRS, _OMNI_ROUTER.backward_operator
+    facts = {"num_experts_per_token": k, **facts}
+    return sharded.route(functions, x, y, scores_dtype, normalize, check_all, facts, shard_tokens)
+
+
 def replay(router_logits_x, router_logits_y, indices, scores_dtype=None, normalize=None):
     """The scores of experts chosen before: bit for bit what `omni_router` gives with indices that it chose from these
     logits, and the same gradients. For recomputation, reinforcement learning, frozen routing.
@@ -93,6 +170,9 @@ def replay(router_logits_x, router_logits_y, indices, scores_dtype=None, normali
     experts may be asked for, in any order, an expert twice too. A token then has NaN for all its scores where
     `omni_router` would give all of its k best NaN; "topk" has NaN where the best of all experts scores NaN or +inf, and
     0 where all that are asked for are masked.
+
+    Of DTensors, all three must be some, and the scores are one. The logits go where the indices are, whose placements
+    count before those of x and y: as for `sharded_router`, but where the factors are sharded, they are gathered.
 
     Args:
         router_logits_x: (..., N), fp32, fp16 or bf16, any strides, on a GPU or the CPU; N from 1 to 46340.
@@ -113,12 +193,23 @@ def replay(router_logits_x, router_logits_y, indices, scores_dtype=None, normali
             are looked at, an index is out of range.
     """
     x, y = router_logits_x, router_logits_y
-    _, plain = _check(x, y, 0)
-    if not plain and isinstance(indices, Tensor):
-        assume_same_tokens(x, indices)
-    check_indices(indices, x)
-    check_scores_dtype(scores_dtype)
-    check_normalize(normalize)
+    plain = is_plain(x, y)
+
+    def check_all():
+        _check(x, y, 0, plain)
+        if not plain and isinstance(indices, Tensor):
+            assume_same_tokens(x, indices)
+        check_indices(indices, x)
+        check_scores_dtype(scores_dtype)
+        check_normalize(normalize)
+
+    if not plain and is_distributed(x, y, indices):
+        from . import sharded
+
+        local = functools.partial(replay, scores_dtype=scores_dtype, normalize=normalize)
+        facts = {"scores_dtype": scores_dtype, "normalize": normalize}
+        return sharded.replay(local, x, y, indices, check_all, facts)
+    check_all()
     if plain and indices.device.type == "cpu" and is_plain(indices, indices):
         check_values("indices", indices, 0, x.shape[-1] ** 2 - 1, "num_expert_sqrt² - 1 = ")
     experts, scores_dtype = as_matrix(indices).int().contiguous(), scores_dtype or x.dtype
@@ -132,7 +223,10 @@ def replay(router_logits_x, router_logits_y, indices, scores_dtype=None, normali
 
 def _route(x, y, k, scores_dtype, normalize):
     """`omni_router` for whatever calls there are."""
-    k, plain = _check(x, y, k)
+    plain = is_plain(x, y)
+    if not plain and is_distributed(x, y):
+        return sharded_router(x, y, k, scores_dtype, normalize)
+    k = _check(x, y, k, plain)
     check_scores_dtype(scores_dtype)
     check_normalize(normalize)
     shape, scores_dtype = (*x.shape[:-1], k), scores_dtype or x.dtype
@@ -172,7 +266,8 @@ def triton_omni_router_func(router_logits_x, router_logits_y, num_expert_sqrt, n
     Raises:
         TypeError, ValueError: as for `omni_router`, and for a num_expert_sqrt that is no integer or not the logits' N.
     """
-    k, plain = _check(router_logits_x, router_logits_y, num_experts_per_token)
+    plain = is_plain(router_logits_x, router_logits_y)
+    k = _check(router_logits_x, router_logits_y, num_experts_per_token, plain)
     check_matrix(router_logits_x)
     check_expert_sqrt(num_expert_sqrt, router_logits_x)
     return _ORIGINAL(router_logits_x, router_logits_y, k, router_logits_x.dtype, plain)
@@ -193,18 +288,18 @@ def triton_omni_router_func_optimized(router_logits_x, router_logits_y, num_expe
     Raises:
         TypeError, ValueError: as for `omni_router`, and for a num_expert_sqrt that is no integer or not the logits' N.
     """
-    k, plain = _check(router_logits_x, router_logits_y, num_experts_per_token)
+    plain = is_plain(router_logits_x, router_logits_y)
+    k = _check(router_logits_x, router_logits_y, num_experts_per_token, plain)
     check_matrix(router_logits_x)
     check_expert_sqrt(num_expert_sqrt, router_logits_x)
     return _OPTIMIZED(router_logits_x, router_logits_y, k, router_logits_x.dtype, plain)
 
 
-def _check(x, y, k):
-    """Raises unless the arguments are right; k as an int, and whether x and y are plain."""
-    plain = is_plain(x, y)
+def _check(x, y, k, plain):
+    """Raises unless the arguments are right; k as an int. plain: whether x and y are."""
     if not plain and isinstance(x, Tensor) and isinstance(y, Tensor):
         assume_same_tokens(x, y)
-    return check(x, y, k), plain
+    return check(x, y, k)
 
 
 def _forward_original(x, y, k, *_):

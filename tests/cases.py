@@ -60,6 +60,7 @@ def compile_plan(plan, arch=90, **constants):
     """The binary of a plan's kernel; constants: of numbers that Triton would take for constants, too."""
     logits, scores = POINTERS[plan.dtype], POINTERS[plan.scores_dtype]
     pointers = dict.fromkeys(("x_ptr", "y_ptr", "grad_x_ptr", "grad_y_ptr"), logits)
+    pointers["keys_ptr"] = "*i64" if plan.dtype == torch.float32 else "*i32"
     pointers |= {"scores_ptr": scores, "grad_ptr": scores, "indices_ptr": "*i32"}
     pointers["saved_ptr"] = "*fp32"
     if plan.normalize is None:  # a gradient then needs no logits either

@@ -18,7 +18,7 @@ from triton.runtime.jit import KernelInterface
 
 import omni_kernels
 from omni_kernels import backward, configs
-from omni_kernels.factored import frontier, lanes, tile
+from omni_kernels.factored import frontier, lanes, lists, tile
 
 FP32, BF16 = torch.float32, torch.bfloat16
 ARCHS = {80: ["bf16"], 86: ["bf16"], 89: ["bf16"], 90: ["bf16", "fp32"], 100: ["bf16"], 120: ["bf16"]}
@@ -39,6 +39,7 @@ KERNELS = {
     "lanes.lanes_kernel of an odd number of vectors": lambda dtype, doubles: plan_of_lanes(100, 8, dtype, doubles),
     "lanes.lanes_kernel in loops": lambda dtype, doubles: plan_of_lanes(256, 16, dtype, doubles),
     "lanes.lanes_kernel of transposed logits": lambda dtype, doubles: plan_of_lanes(256, 16, dtype, doubles, True),
+    "lists.lists_kernel": lambda dtype, _: lists.plan_for(*[columns(2048, dtype)] * 2, 16, dtype),
     "original.backward_kernel": {"TILE_M": 64, "TILE_K": 16},
     "original.forward_kernel": {"TILE_M": 4, "TILE_N": 1024},
     "original.split_forward_kernel": {"TILE_M": 1, "TILE_N": 1024, "TILE_K": 16},
@@ -53,8 +54,12 @@ def plan_of_lanes(num_expert_sqrt, k, dtype, doubles, transposed=False, num_lane
 
 
 def plan_of_tile(num_expert_sqrt, k, dtype):
-    logits = torch.empty((4, num_expert_sqrt), dtype=dtype, device="meta")
+    logits = columns(num_expert_sqrt, dtype)
     return tile.plan_for(logits, logits, k, dtype)
+
+
+def columns(number, dtype):
+    return torch.empty((4, number), dtype=dtype, device="meta")
 
 
 def package_kernels():

@@ -316,25 +316,29 @@ def check_dead_rank(device, rank, num_ranks):
 CHECKS = [function for name, function in list(globals().items()) if name.startswith("check_")]
 
 
-def run_checks(rank, num_ranks, backend, file):
+def run_checks(rank, num_ranks, backend, file, checks):
     torch.set_num_threads(1)
     device = torch.device("cpu") if backend == "gloo" else torch.device("cuda", rank)
     if backend == "nccl":
         torch.cuda.set_device(device)
     dist.init_process_group(backend, f"file://{file}", TIMEOUT, num_ranks, rank)
-    for check in CHECKS:
+    for check in checks:
         check(device, rank, num_ranks)
         dist.barrier()
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("backend", ["gloo", "nccl"])
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
-def test_ranks_together(backend, num_ranks, tmp_path):
+def run_together(num_ranks, backend, folder, checks):
     """One start of the processes for all checks, which takes longer than they do."""
     if backend == "nccl" and torch.cuda.device_count() < num_ranks:
         pytest.skip(f"needs {num_ranks} GPUs")
-    multiprocessing.spawn(run_checks, (num_ranks, backend, tmp_path / "ranks"), num_ranks)
+    multiprocessing.spawn(run_checks, (num_ranks, backend, folder / "ranks", checks), num_ranks)
+
+
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+def test_ranks_together(backend, num_ranks, tmp_path):
+    run_together(num_ranks, backend, tmp_path, CHECKS)
 
 
 def test_without_a_process_group():

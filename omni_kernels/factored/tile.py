@@ -80,14 +80,14 @@ def _top_of_tile(row_ptrs, start, stride_n, num_columns, in_batch, PLAN):
 
 
 @triton.jit
-def _top_of_rows(row_ptrs, stride_n, num_columns, in_batch, PLAN):
-    """The tile_k best (value, column) of each row, best first."""
+def top_of_rows(row_ptrs, stride_n, num_columns, in_batch, PLAN):
+    """The keys (value, column) of the tile_k best of each row, best first."""
     best = _top_of_tile(row_ptrs, 0, stride_n, num_columns, in_batch, PLAN)
     if PLAN.num_expert_sqrt > PLAN.tile_n:
         for start in range(PLAN.tile_n, num_columns, PLAN.tile_n):
             more = _top_of_tile(row_ptrs, start, stride_n, num_columns, in_batch, PLAN)
             best = tl.topk(tl.reshape(tl.join(best, more), (best.shape[0], 2 * PLAN.tile_k)), PLAN.tile_k, dim=1)
-    return unpack(best, PLAN.key)
+    return best
 
 
 @triton.jit
@@ -154,8 +154,8 @@ def tile_kernel(
     tokens = tl.program_id(0).to(tl.int64) * PLAN.tokens + tl.arange(0, PLAN.tokens)
     in_batch = tokens < num_tokens
     x_rows, y_rows = x_ptr + (tokens * stride_xm)[:, None], y_ptr + (tokens * stride_ym)[:, None]
-    best_x, rows = _top_of_rows(x_rows, stride_xn, num_expert_sqrt, in_batch, PLAN)
-    best_y, columns = _top_of_rows(y_rows, stride_yn, num_expert_sqrt, in_batch, PLAN)
+    best_x, rows = unpack(top_of_rows(x_rows, stride_xn, num_expert_sqrt, in_batch, PLAN), PLAN.key)
+    best_y, columns = unpack(top_of_rows(y_rows, stride_yn, num_expert_sqrt, in_batch, PLAN), PLAN.key)
 
     rank_x, rank_y, is_candidate = _staircase(PLAN)
     is_candidate &= (rank_x < num_expert_sqrt) & (rank_y < num_expert_sqrt)

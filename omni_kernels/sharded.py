@@ -1,0 +1,399 @@
+"""The router on DTensors. Imported where there is one: PyTorch takes half a second to import them.
+
+Where tokens are sharded or replicated every rank routes what it has. Where the factors are sharded, as column-parallel
+gates leave them, the k best experts of a token are pairs of the k best rows of x and the k best columns of y, and these
+are among the k best that each rank finds in its columns. So ranks exchange those lists alone, as packed keys, and route
+what came: a matrix of ranks * k columns, in the order of the columns that they stand for, so that ties break the same
+way. Columns that are in no list count as masked.
+"""
+
+import math
+import zlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
+from torch.distributed import _functional_collectives as collectives
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from . import reference
+from .distributed import backends_of, consult, raise_together, refusal_code
+from .factored import lists
+from .operators import as_matrix, define
+
+_all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor  # before PyTorch 2.12
+
+
+def route(functions, x, y, scores_dtype, normalize, check, facts, shard_tokens=False):
+    """`router.sharded_router`.
+
+    functions: of plain tensors: omni_router, the operator of `reference.sums_of_pairs`, that of a router's gradient.
+    check: takes no argument, raises unless all are right, and gives k. facts: what else ranks must have in common.
+    """
+    k = _agree(x, y, check, facts)
+    omni_router, mesh, last, shape = functions[0], x.device_mesh, x.ndim - 1, (*x.shape[:-1], k)
+    dims = [dim for dim in range(mesh.ndim) if _shard_factors(x, y, dim)]
+    results = [_of_tokens(both, last) for both in zip(x.placements, y.placements, strict=True)]
+    if shard_tokens:
+        for dim in dims:
+            results[dim] = Shard(0)
+    if len(dims) == 1 and _pays(x, k, dims[0], results):
+        (dim,) = dims
+        placements = [*results[:dim], Shard(last), *results[dim + 1 :]]
+        x, y = (_redistributed(logits, placements) for logits in (x, y))
+        way = _way(x, dim, shard_tokens)
+        parts = _route_candidates(functions, _local(x), _local(y), k, scores_dtype, normalize, way)
+    else:
+        x, y = (_local(_redistributed(logits, results)) for logits in (x, y))
+        parts = omni_router(x, y, k, scores_dtype, normalize)
+    return tuple(_wrapped(part, mesh, results, shape) for part in parts)
+
+
+def replay(function, x, y, indices, check, facts):
+    """`router.replay` where one of the three is a DTensor: `function` of plain ones, where the experts are."""
+    _agree(x, y, check, facts, indices)
+    last = x.ndim - 1
+    all_placements = zip(indices.placements, x.placements, y.placements, strict=True)
+    placements = [_of_tokens(all_three, last) for all_three in all_placements]
+    local = [_local(_redistributed(part, placements)) for part in (x, y, indices)]
+    return _wrapped(function(*local), x.device_mesh, placements, indices.shape)
+
+
+def on_local_tokens(function, *tensors):
+    """A function that works on tokens one by one, of DTensors whose tokens are sharded alike or replicated."""
+    mesh, placements, tokens = tensors[0].device_mesh, tensors[0].placements, tensors[0].shape[:-1]
+    results = function(*(_local(tensor) for tensor in tensors))
+    return tuple(_wrapped(result, mesh, placements, (*tokens, *result.shape[len(tokens) :])) for result in results)
+
+
+# Placements -----------------------------------------------------------------------------------------------------------
+
+
+def _is_shard(placement, last):
+    """Whether a placement shards tokens, the dimensions before `last`."""
+    return type(placement) is Shard and placement.dim != last
+
+
+def _of_tokens(placements, last):
+    """What placements of several tensors along one dimension of the mesh become, so that every rank has whole tokens:
+    the first that shards tokens, else replicated."""
+    for placement in placements:
+        if _is_shard(placement, last):
+            return placement
+    return Replicate()
+
+
+def _shard_factors(x, y, dim):
+    """Whether a dimension of the mesh shards the factors of one, and the other's too or replicates that."""
+    one, other = x.placements[dim], y.placements[dim]
+    last = Shard(x.ndim - 1)
+    return (one == last or other == last) and all(p == last or p.is_replicate() for p in (one, other))
+
+
+def _pays(x, k, dim, results):
+    """Whether to exchange candidates: 2 * ranks * k keys a token, twice as wide as logits, against 2 * N logits.
+    (Tokens that a later dimension of the mesh shards too would come out in another order.)"""
+    in_order = not any(placement == results[dim] == Shard(0) for placement in results[dim + 1 :])
+    return 0 < 2 * x.device_mesh.size(dim) * k < x.shape[-1] and in_order
+
+
+def _redistributed(tensor, placements):
+    return tensor if tensor.placements == tuple(placements) else tensor.redistribute(placements=placements)
+
+
+def _wrapped(tensor, mesh, placements, shape):
+    """The DTensor of a shape that has this local part."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * max(size, 1))
+    shape, strides = torch.Size(shape), tuple(reversed(strides))
+    return DTensor.from_local(tensor, mesh, placements, run_check=False, shape=shape, stride=strides)
+
+
+class _Local(torch.autograd.Function):
+    """`DTensor.to_local`. That of PyTorch 2.11 gives wrong strides to the gradient of a DTensor that is cut unevenly,
+    so that its placements are lost where it is accumulated."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        ctx.rest = tensor.device_mesh, tensor.placements, tensor.shape
+        return tensor._local_tensor.view_as(tensor._local_tensor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _wrapped(grad, *ctx.rest)
+
+
+_local = _Local.apply
+
+
+def _sizes(size, num_ranks):
+    """How much of a dimension each rank has, as `torch.chunk` gives it."""
+    most = -(-size // num_ranks)
+    return [max(0, min(most, size - rank * most)) for rank in range(num_ranks)]
+
+
+# What ranks tell each other first -------------------------------------------------------------------------------------
+
+
+def _agree(x, y, check, facts, *others):
+    """What `check` gives. If a rank needs another, all of them raise if one does, or if they differ in what they bring.
+
+    Ranks that need no other say nothing, nor does compiled code. The integers travel by CPU if the group has a backend
+    for it, so that nobody waits for a GPU.
+    """
+    if is_compiling():
+        return check()
+    given = [tensor for tensor in (x, y, *others) if isinstance(tensor, DTensor)]
+    mesh = given[0].device_mesh
+    refusal = k = None
+    try:
+        for name, tensor in zip(("router_logits_x", "router_logits_y", "indices"), (x, y, *others), strict=False):
+            _check_spread(name, tensor, given[0])
+        k = check()
+    except (TypeError, ValueError) as error:
+        refusal = error
+    if mesh.get_coordinate() is None:
+        raise refusal
+    given = [tensor for tensor in given if tensor.device_mesh == mesh]
+    last = given[0].ndim - 1
+    for dim in range(mesh.ndim):
+        placements = {tensor.placements[dim] for tensor in given}
+        (placement, *different) = placements
+        if different or not (_is_shard(placement, last) or placement.is_replicate()):
+            refusal = _agree_along(mesh, dim, refusal, given, facts)
+    if refusal is not None:
+        raise refusal
+    return k
+
+
+def _check_spread(name, tensor, like):
+    """Raises unless it is a DTensor of the same mesh, which this rank is in, cut as DTensors are."""
+    if not isinstance(tensor, Tensor):
+        return  # `check` says so
+    mesh = like.device_mesh
+    if not isinstance(tensor, DTensor):
+        raise TypeError(f"{name} must be a DTensor, as others are, got {type(tensor).__name__}")
+    if tensor.device_mesh != mesh:
+        raise ValueError(f"{name} must have the mesh of the others, {mesh}, got {tensor.device_mesh}")
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"{name} must have a mesh that this rank is in, got {mesh}")
+    shape = list(tensor.shape)
+    for dim, placement in enumerate(tensor.placements):
+        if type(placement) is Shard:
+            shape[placement.dim] = _sizes(shape[placement.dim], mesh.size(dim))[mesh.get_local_rank(dim)]
+        elif not (placement.is_replicate() or placement.is_partial()):
+            return  # PyTorch knows how it is cut
+    if list(tensor._local_tensor.shape) != shape:
+        raise ValueError(
+            f"{name} must have the local shape {tuple(shape)}, a DTensor's part of {tuple(tensor.shape)} placed "
+            f"{tensor.placements}, got {tuple(tensor._local_tensor.shape)}"
+        )
+
+
+def _agree_along(mesh, dim, refusal, tensors, facts):
+    """The reason to refuse, this rank's or another's along a dimension of the mesh, or None."""
+    group, rank = mesh.get_group(dim), mesh.get_local_rank(dim)
+    facts = {
+        "the logits' shapes": [tuple(tensor.shape) for tensor in tensors],
+        "the logits' placements": [tensor.placements for tensor in tensors],
+        "the logits' dtypes": [tensor.dtype for tensor in tensors],
+        "requires_grad": [torch.is_grad_enabled() and tensor.requires_grad for tensor in tensors],
+        **facts,
+    }
+    backends = backends_of(group)
+    backends = {"cpu": backends["cpu"]} if "cpu" in backends else backends
+    code = 0 if refusal is None else refusal_code(refusal)
+    _, received = consult(group, backends, None, code, [zlib.crc32(repr(fact).encode()) for fact in facts.values()])
+    try:
+        raise_together(refusal, received)
+        for i, (name, fact) in enumerate(facts.items()):
+            if len({row[1 + i] for row in received}) > 1:
+                raise ValueError(f"{name} must be the same on every rank, got {fact} on rank {rank} of the group")
+    except (TypeError, ValueError) as error:
+        return error
+    return None
+
+
+# Factors sharded ------------------------------------------------------------------------------------------------------
+
+
+class _Way(NamedTuple):
+    """How lists of candidates travel: from all ranks of a group to the ranks that finish the tokens, and back."""
+
+    group: object
+    num_ranks: int
+    rank: int
+    num_experts: int  # N
+    first: int  # this rank's first column
+    tokens: list  # how many each rank finishes of those that all have; None: every rank finishes all
+
+    def bring(self, values):
+        """(num_tokens, width) -> (num_ranks, tokens to finish, width): what all ranks have."""
+        if self.tokens is None:
+            return _gather(values, self.group).unflatten(0, (self.num_ranks, len(values)))
+        received = self.tokens[self.rank]
+        values = _trade(values, [received] * self.num_ranks, self.tokens, self.group)
+        return values.unflatten(0, (self.num_ranks, received))
+
+    def bring_back(self, values):
+        """(num_ranks, tokens to finish, width) -> (num_tokens, width): the gradient of what this rank had."""
+        if self.tokens is None:
+            return values[self.rank]
+        sent = [self.tokens[self.rank]] * self.num_ranks
+        return _trade(values.flatten(0, 1).contiguous(), self.tokens, sent, self.group)
+
+    def share(self, values):
+        """(tokens to finish, width) -> (num_tokens, width): what all ranks made."""
+        if self.tokens is None:
+            return values
+        sent = [len(values)] * self.num_ranks
+        return _trade(values.repeat(self.num_ranks, 1), self.tokens, sent, self.group)
+
+
+def _gather(values, group):
+    return collectives.wait_tensor(_all_gather(values.contiguous(), 0, group))
+
+
+def _trade(values, received, sent, group):
+    return collectives.wait_tensor(collectives.all_to_all_single(values, received, sent, group))
+
+
+def _way(x, dim, shard_tokens):
+    mesh, num_experts = x.device_mesh, x.shape[-1]
+    num_ranks, rank = mesh.size(dim), mesh.get_local_rank(dim)
+    tokens = None
+    if shard_tokens:
+        outer, *inner = x.to_local().shape[:-1]
+        tokens = [size * math.prod(inner) for size in _sizes(outer, num_ranks)]
+    first = sum(_sizes(num_experts, num_ranks)[:rank])
+    return _Way(mesh.get_group(dim), num_ranks, rank, num_experts, first, tokens)
+
+
+class _Exchange(torch.autograd.Function):
+    """The candidates' packed keys, and a few sums that travel with them, of which the gradient travels back."""
+
+    @staticmethod
+    def forward(ctx, sums, keys, way):
+        ctx.way = way
+        if sums is None:
+            return None, way.bring(keys)
+        received = way.bring(torch.cat((keys, sums.view(keys.dtype)), 1))
+        keys, sums = received[..., : keys.shape[1]], received[..., keys.shape[1] :].contiguous().view(torch.float32)
+        ctx.mark_non_differentiable(keys)
+        return sums, keys
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):
+        return ctx.way.bring_back(grad), None, None
+
+
+class _Own(torch.autograd.Function):
+    """Sums of pairs as they are, whose gradient goes to each rank's own columns of x and y."""
+
+    @staticmethod
+    def forward(ctx, x, y, sums, experts, way, sum_up):
+        ctx.save_for_backward(experts)
+        ctx.rest = way, sum_up, x.shape[1], x.dtype
+        return sums.view_as(sums)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        way, sum_up, num_columns, dtype = ctx.rest
+        grad = way.share(grad.float() if grad.dtype == torch.float64 else grad)
+        experts = way.share(ctx.saved_tensors[0])
+        own = []  # one column more takes what is others'
+        for place in (experts // way.num_experts - way.first, experts % way.num_experts - way.first):
+            own.append(torch.where((place >= 0) & (place < num_columns), place, num_columns))
+        grads = sum_up(grad.contiguous(), own[0] * (num_columns + 1) + own[1], num_columns + 1, dtype)
+        return *(part[:, :num_columns].contiguous() for part in grads), None, None, None, None
+
+
+def _best_columns(x, y, k, first_column):
+    """`lists.best_columns`, by PyTorch where no kernel takes them."""
+    if lists.runs_on(x, k):
+        return lists.best_columns(x, y, k, first_column)
+    return torch.cat([_keys_by_column(logits, k, first_column) for logits in (x, y)], 1)
+
+
+def _keys_by_column(logits, k, first_column):
+    keys = reference.top_keys(logits, min(k, logits.shape[1]))
+    low = 0x7FFFFFFF if logits.dtype == torch.float32 else 0xFFFF
+    keys = keys.gather(1, (keys & low).argsort(1, descending=True)) - first_column
+    none = reference.top_keys(logits.new_full((1, 1), -torch.inf), 1) - low
+    return torch.cat((keys, none.expand(len(keys), k - keys.shape[1])), 1)
+
+
+def _empty_keys(x, _, k, __):
+    return x.new_empty((len(x), 2 * k), dtype=torch.int64 if x.dtype == torch.float32 else torch.int32)
+
+
+_BEST_COLUMNS = define(
+    "best_columns", "(Tensor x, Tensor y, SymInt k, SymInt first) -> Tensor", _best_columns, _empty_keys
+)
+
+
+def _route_candidates(functions, x, y, k, scores_dtype, normalize, way):
+    """Scores and indices of the tokens that this rank finishes, from its columns of both factors."""
+    omni_router, pairs, sum_up = functions
+    dtype, tokens = x.dtype, x.shape[:-1]
+    scores_dtype = scores_dtype or dtype
+    x, y = as_matrix(x), as_matrix(y)
+    keys = _BEST_COLUMNS(x.detach(), y.detach(), k, way.first)
+    sums, over_all = None, normalize in ("softmax", "log_softmax")
+    if normalize is not None:
+        x, y = x.float(), y.float()  # so that gradients are rounded once
+    if over_all:
+        sums = torch.cat([_own_total(logits) for logits in (x, y)], 1)
+    sums, keys = _Exchange.apply(sums, keys, way)
+
+    with torch.no_grad():
+        lists = [part.transpose(0, 1).flatten(1) for part in keys.split(k, 2)]
+        (all_x, rows), (all_y, columns) = (reference.unpack_keys(part, dtype) for part in lists)
+        kept_x, kept_y = all_x.to(dtype), all_y.to(dtype)
+        scores, places = omni_router(kept_x, kept_y, k, scores_dtype)
+        experts = _experts(all_x, all_y, rows, columns, places, way.num_experts)
+        if normalize is not None:
+            best = reference.best_logits(all_x, all_y)
+            scores = pairs(all_x, all_y, places, *reference.origins(*best))
+    scores = _Own.apply(x, y, scores, experts, way, sum_up)
+    if normalize is not None:
+        totals = map(_total, sums.unbind(2), (all_x, all_y), best) if over_all else None
+        scores = reference.normalize_sums(scores, all_x, all_y, *best, normalize, totals).to(scores_dtype)
+    if way.tokens is not None:
+        tokens = (-1, *tokens[1:])
+    return scores.reshape(*tokens, k), experts.reshape(*tokens, k)
+
+
+def _experts(x, y, rows, columns, places, num_experts):
+    """The experts at some places among candidates, (num_tokens, k). x, y: the candidates, fp32. rows, columns: theirs.
+
+    Of -inf pairs those of lowest index, as in `reference.factored_router`. One is selected only if fewer than k others
+    exist. Then what is in no list is masked, or as good as: with a row or a column in a list it makes no other pair.
+    """
+    k, row, column = places.shape[1], places.long() // x.shape[1], places.long() % x.shape[1]
+    experts = rows.gather(1, row) * num_experts + columns.gather(1, column)
+    first_row = torch.where(rows == 0, x, -torch.inf).amax(1, keepdim=True)
+    nothing = torch.full((len(y), k + 1), -torch.inf, device=y.device)
+    first_columns = nothing.scatter(1, columns.clamp(max=k), y)[:, :k]  # k < N: the first experts are of row 0
+    ordinary = ((x < torch.inf) & (y < torch.inf)).all(1, keepdim=True)
+    masked = ordinary & (first_row + first_columns == -torch.inf)
+    return reference.fill_masked(x.gather(1, row) + y.gather(1, column), experts, masked).int()
+
+
+def _own_total(logits):
+    """`reference.sum_of_exponentials` of a rank's columns, less their best; 0 if there is none."""
+    if not logits.shape[1]:
+        return logits.new_zeros((len(logits), 1))
+    best, _ = reference.best_logits(logits, logits)
+    return reference.sum_of_exponentials(logits, reference.origins(best, best)[0])
+
+
+def _total(sums, logits, best):
+    """That of all columns, less the best of all, from each rank's and its candidates, (num_tokens, num_ranks * k)."""
+    (origin, _), own = reference.origins(best, best), logits.unflatten(1, (len(sums), -1)).amax(2)
+    return (sums.t() * (own - origin).exp()).sum(1, keepdim=True)
