@@ -172,6 +172,11 @@ class LanesPlan(Plan):
         return _row_bits(self.k)
 
     @property
+    def sums_in_parts(self):
+        """Whether rows are summed up as they arrive, since keys of chunks tell the largest logit so far."""
+        return self.sums_rows and self.looped and not self.short_keys
+
+    @property
     def spread(self):
         """Whether a token has a lane for every slot that one of its pairs of lanes holds."""
         return self.lanes // 2 >= (self.k // 2 if self.split else self.k) and self.lanes > 2
@@ -275,7 +280,7 @@ def lanes_kernel(
             if PLAN.staged:
                 row = buffer + lane * PLAN.pitch
                 if PLAN.looped:
-                    more, doubt = best_in_loops(row, buffer, PLAN, one)
+                    more, doubt, total_here = best_in_loops(row, buffer, num_tokens, PLAN, one)
                 else:
                     wait_for_rows(lane * 0, 1)
                     if PLAN.transposed:
@@ -290,9 +295,9 @@ def lanes_kernel(
                 largest_here = unpack(more[0], PLAN.element_ty, PLAN)[0]
                 if PLAN.ragged:
                     largest_here = tl.where(skip - column >= PLAN.tile_n, float("-inf"), largest_here)
-                total_here = total_of_tile(
-                    row, PLAN.tile_n * PLAN.itemsize, skip - column, largest_here, num_tokens, PLAN
-                )
+                if not PLAN.sums_in_parts:
+                    TILE: tl.constexpr = PLAN.tile_n * PLAN.itemsize
+                    total_here = total_of_tile(row, TILE, skip - column, largest_here, num_tokens, PLAN)
                 if PLAN.tiles == 1:
                     largest, total = largest_here, total_here
                 else:

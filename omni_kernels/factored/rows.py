@@ -30,6 +30,7 @@ from .ptx import (
     unpack_word,
     wait_for_rows,
 )
+from .softmax import moved, total_of_tile
 
 
 @triton.jit
@@ -252,15 +253,16 @@ def _keys_of_chunk(row, start, PLAN):
 
 
 @triton.jit
-def best_in_loops(row, buffer, PLAN, one):
+def best_in_loops(row, buffer, num_tokens, PLAN, one):
     """The keys (value, column) of the best of a tile's best chunks, descending.
 
     In loops over groups of keys. The first begins with a part of the row while the rest is on its way. Also whether it
-    is in doubt which chunks are the best.
+    is in doubt which chunks are the best; and, where the plan asks, the sum of exp(logit - the largest).
     """
     CHUNKS: tl.constexpr = chunks_listed(PLAN)
     none = row & 0
     chunks = lowest_keys(none, CHUNKS + 1 if PLAN.short_keys else CHUNKS, PLAN)
+    largest, total = tl.full(none.shape, float("-inf"), tl.float32), none * 0.0
     for group in tl.range(PLAN.parts):
         wait_for_rows(none + group, PLAN.parts)
         first = hide(none + group * PLAN.group)
@@ -269,6 +271,11 @@ def best_in_loops(row, buffer, PLAN, one):
         maxima = _keys_of_maxima(row + first * (PLAN.chunk * PLAN.itemsize), first, PLAN.group, PLAN)
         more = sort(maxima, len(chunks), PLAN, one)
         chunks = merge(chunks + more, len(chunks), len(chunks), PLAN, one)
+        if PLAN.sums_in_parts:  # while the next part is on its way
+            PART: tl.constexpr = PLAN.group * PLAN.chunk * PLAN.itemsize
+            before, largest = largest, unpack(chunks[0], PLAN.chunk_key, PLAN)[0]
+            part = total_of_tile(row + first * (PLAN.chunk * PLAN.itemsize), PART, none, largest, num_tokens, PLAN)
+            total = moved(total, before, largest) + part
     doubt = ((chunks[PLAN.own - 1] ^ chunks[CHUNKS]) >> PLAN.chunk_key == 0).to(tl.int32) if PLAN.short_keys else none
 
     BEHIND: tl.constexpr = PLAN.tile_n * PLAN.itemsize
@@ -287,7 +294,7 @@ def best_in_loops(row, buffer, PLAN, one):
             for byte in tl.static_range(4):
                 keys = keys + _keys_of_chunk(row, ((numbers >> (8 * byte)) & NUMBER) * PLAN.chunk, PLAN)
         best = merge(best + sort(keys, PLAN.listed, PLAN, one), PLAN.listed, PLAN.listed, PLAN, one)
-    return best, doubt
+    return best, doubt, total
 
 
 @triton.constexpr_function

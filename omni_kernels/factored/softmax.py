@@ -24,7 +24,7 @@ HUGE = tl.constexpr(1e37)  # logits whose neighbours are so far away that only e
 UP = tl.constexpr(2.0**64)  # keeps what becomes subnormal above that until the last multiplication
 ONE = tl.constexpr(2.0**40)  # of a power as an integer: integers add up to the same in any order
 FAR = tl.constexpr(-16.0)  # below, a rounding of the logarithm shows in a probability
-BLOCK = tl.constexpr(64)  # bytes whose powers are added up in a tree
+BLOCK = tl.constexpr(128)  # bytes whose powers are added up in a tree
 
 
 # Exact sums -----------------------------------------------------------------------------------------------------------
@@ -135,16 +135,25 @@ def total_of_tile(row, BYTES, skip, best, num_tokens, PLAN):
     """
     STEP: tl.constexpr = _gcd(BYTES, BLOCK)
     slope, origin, correction = scale_of_row(best)
-    total, rest = tl.zeros_like(best), tl.zeros_like(best)
-    # A compiler that knew how often the loop runs would write it out.
-    for start in tl.range(0, tl.minimum(num_tokens, 1).to(tl.int32) * BYTES, STEP):
-        first = hide(skip * 0 + start)
-        block = tl.inline_asm_elementwise(
-            _block(STEP, row.dtype, PLAN), "=f,f,f,r," + register(row.dtype.primitive_bitwidth),
-            [slope, -origin, skip - first // PLAN.itemsize, row + first], tl.float32, False, 1,
-        )  # fmt: skip
-        total, rest = add_exactly(total, rest, block)
+    if STEP == BYTES:
+        total = _powers(row, STEP, skip, slope, origin, PLAN)
+    else:
+        total, rest = tl.zeros_like(best), tl.zeros_like(best)
+        # A compiler that knew how often the loop runs would write it out.
+        for start in tl.range(0, tl.minimum(num_tokens, 1).to(tl.int32) * BYTES, STEP):
+            first = hide(skip * 0 + start)
+            part = _powers(row + first, STEP, skip - first // PLAN.itemsize, slope, origin, PLAN)
+            total, rest = add_exactly(total, rest, part)
     return total * correction
+
+
+@triton.jit
+def _powers(address, BYTES, skip, slope, origin, PLAN):
+    """The sum of exp2(logit * slope - origin) of a block, but of the first `skip`."""
+    return tl.inline_asm_elementwise(
+        _block(BYTES, address.dtype, PLAN), "=f,f,f,r," + register(address.dtype.primitive_bitwidth),
+        [slope, -origin, skip, address], tl.float32, False, 1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -208,9 +217,10 @@ def total_of_strided_segment(row_ptrs, stride_n, first_column, COUNT, skip, best
 def joined(best, total, other_best, other_total):
     """The largest logit of two parts of a row and the sum of exp(logit - largest), from those of each."""
     largest = tl.maximum(best, other_best, propagate_nan=tl.PropagateNan.ALL)
-    return largest, _moved(total, best, largest) + _moved(other_total, other_best, largest)
+    return largest, moved(total, best, largest) + moved(other_total, other_best, largest)
 
 
 @triton.jit
-def _moved(total, best, largest):
+def moved(total, best, largest):
+    """A sum of exp(logit - best) as one of exp(logit - largest)."""
     return total * tl.exp2(tl.where(best == largest, 0.0, best - largest) * LOG2E)
