@@ -2,9 +2,11 @@
 
 python notebooks/many_gpus.py    measures, prints what became of the targets, and adds the rows to the table many_gpus
 
-Elsewhere two processes on the CPU do the same over gloo, with small sizes: `rows_of(SMALL, "gloo")`.
+Elsewhere two processes on the CPU do the same over gloo, with small sizes: `rows_of(SMALL, "gloo")`. And any function
+of a notebook runs in such processes: `together(function, ...)`.
 """
 
+import inspect
 import json
 import os
 import pathlib
@@ -12,21 +14,24 @@ import tempfile
 import time
 from typing import NamedTuple
 
+import matplotlib.pyplot as plt
 import numpy as np
 import speed_study as speed
 import tables
 import timing
 import torch
 import torch.distributed as dist
+from routing_study import BLUE, GREEN, ORANGE
 from torch import multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from omni_kernels import omni_router, sharded_router
 from omni_kernels.distributed import combine, dispatch
 
 NUM_RANKS = 2
-TOKENS, FACTORS, EXPERTS = "tokens sharded", "factors sharded", "experts owned"
+TOKENS, FACTORS, EXPERTS, LINKS = "tokens sharded", "factors sharded", "experts owned", "messages"
 ONE, ALL = "one GPU", "both GPUs"
 EXCHANGE, GATHER = "sharded_router", "gather the logits, route"
 EXCHANGE_PARTS, GATHER_PARTS = f"{EXCHANGE}, a part of the tokens", f"{GATHER}, a part of the tokens"
@@ -41,12 +46,14 @@ class Sizes(NamedTuple):
     k: int
     hidden: int
     num_experts: int
+    messages: tuple  # bytes from one GPU to the other
     rounds: int  # all calls of a case in turn in each
     calls: int  # back to back
 
 
-FULL = Sizes(131072, (256,), (4096, 256), 16, 1024, 65536, rounds=15, calls=10)
-SMALL = Sizes(64, (32,), (64, 16), 2, 8, 64, rounds=2, calls=1)
+MESSAGES = 8, 1 << 12, 1 << 16, 1 << 20, 1 << 24, 1 << 28
+FULL = Sizes(131072, (256,), (4096, 256), 16, 1024, 65536, MESSAGES, rounds=15, calls=10)
+SMALL = Sizes(64, (32,), (64, 16), 2, 8, 64, (8, 4096), rounds=2, calls=1)
 
 # (case, N, whose time, over whose time, reach, stretch): larger is better of all but factors.
 TARGETS = [
@@ -70,7 +77,10 @@ def measure(again="OMNI_AGAIN" in os.environ):
         return "not measured: fewer than two GPUs here"
     if len(tables.of_setting("many_gpus", [*tables.SETTING, "commit"])) and not again:
         return "measured before"
-    rows = rows_of(FULL, "cpu:gloo,cuda:nccl")
+    try:
+        rows = rows_of(FULL, "cpu:gloo,cuda:nccl")
+    except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
+        return f"not measured: {str(error).strip().splitlines()[-1]}"
     tables.append("many_gpus", rows)
     return f"{len(rows)} times measured now"
 
@@ -90,7 +100,7 @@ def _run(rank, sizes, backend, folder):
     mesh = init_device_mesh(device.type, (NUM_RANKS,))
     rows = [row for n in sizes.sharded for row in _tokens_sharded(mesh, sizes, n)]
     rows += [row for n in sizes.factors for row in _factors_sharded(mesh, sizes, n)]
-    rows += _experts_owned(mesh, sizes)
+    rows += _experts_owned(mesh, sizes) + _messages(mesh, sizes)
     if rank == 0:
         (pathlib.Path(folder) / "rows").write_text(json.dumps(rows))
     dist.destroy_process_group()
@@ -191,6 +201,20 @@ def _experts_owned(mesh, sizes):
     return [{**row, "megabytes": megabytes} for row in rows]
 
 
+def _messages(mesh, sizes):
+    """One GPU to the other, and back at the same time, by the collective that `dispatch` is made of."""
+    calls, same, rank = {}, [], dist.get_rank()
+    for size in sizes.messages:
+        sent = torch.full((NUM_RANKS, size), rank, dtype=torch.uint8, device=mesh.device_type)
+        received = torch.empty_like(sent)
+        calls[f"all-to-all, {size:,} bytes"] = lambda sent=sent, got=received: dist.all_to_all_single(got, sent)
+        dist.all_to_all_single(received, sent)
+        same.append(received.amin(1) == torch.arange(NUM_RANKS, device=received.device))
+    check = _equal([torch.stack(same)], [torch.ones_like(torch.stack(same))])
+    rows = _rows(LINKS, _times(calls, sizes), sizes, 0, check)
+    return [{**row, "megabytes": size / 1e6} for row, size in zip(rows, sizes.messages, strict=True)]
+
+
 def _equal(got, want):
     same = all(torch.equal(*both) for both in zip(got, want, strict=True))
     return "equal" if _slowest([0.0 if same else 1.0])[0] == 0 else "different"
@@ -242,6 +266,45 @@ def _rows(case, times, sizes, n, check):
     ]  # fmt: skip
 
 
+# --- what a notebook runs ---
+
+
+def together(function, *args):
+    """What function(mesh, *args) returns in each of two processes on the CPU, over gloo, in the order of ranks.
+
+    Processes start without what a notebook imports and defines. So the function travels as its source, and imports
+    what it needs. Arguments and results are tensors, numbers and texts, and lists and dictionaries of them.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(args, f"{folder}/arguments")
+        multiprocessing.spawn(_call, (inspect.getsource(function), function.__name__, folder), NUM_RANKS)
+        return [torch.load(f"{folder}/results{rank}") for rank in range(NUM_RANKS)]
+
+
+def _call(rank, source, name, folder):
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where gloo says that it has found the others
+    dist.init_process_group("gloo", f"file://{folder}/ranks", rank=rank, world_size=NUM_RANKS)
+    mesh, here = init_device_mesh("cpu", (NUM_RANKS,)), {}
+    exec(source, here)
+    torch.save(here[name](mesh, *torch.load(f"{folder}/arguments")), f"{folder}/results{rank}")
+    dist.destroy_process_group()
+
+
+class Sent(TorchDispatchMode):
+    """Adds up the bytes that this rank gives to functional collectives, those that DTensors communicate by."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # DTensor says what becomes of it
+        if "c10d_functional" in function.namespace and "all_" in str(function):
+            self.bytes += args[0].numel() * args[0].element_size()
+        return function(*args, **(kwargs or {}))
+
+
 # --- reading the table ---
 
 
@@ -255,6 +318,52 @@ def targets_table(rows):
             lines.append((case, str(n), ours, speed.microseconds(us), other, speed.microseconds(other_us),
                           speed.number(us / other_us, ".2f"), str(reach), str(stretch or "")))  # fmt: skip
     return speed.markdown(["case", "N", "", "µs", "over", "µs", "times", "reach", "stretch"], lines)
+
+
+def link_table(rows):
+    """What travels between two GPUs, and how fast."""
+    rows = rows[rows.case.eq(LINKS) | rows.rival.isin([LINK, SPREAD])]
+    lines = []
+    for row in rows.itertuples():
+        speeds = f"{1e3 * row.megabytes / row.us:.3g}"
+        lines.append((row.rival, f"{row.megabytes:,.3g}", speed.microseconds(row.us), speeds, row.check))
+    return speed.markdown(["", "a GPU sends, MB", "µs", "GB/s, each way", "result"], lines)
+
+
+def draw_targets(rows):
+    """Pairs of bars, what is compared and what with, and how many times the one is the other; a panel for each GPU."""
+    figure, panels = speed.panel_for_each_gpu(rows, width=9, height=5)
+    for axes, (gpu, group) in zip(panels, rows.groupby("gpu", sort=False), strict=True):
+        times = group.drop_duplicates(["case", "num_expert_sqrt", "rival"], keep="last")
+        times, labels = times.set_index(["case", "num_expert_sqrt", "rival"]).us, []
+        for case, n, ours, other, reach, _ in TARGETS:
+            if (case, n, ours) not in times.index or (case, n, other) not in times.index:
+                continue
+            place = len(labels)
+            for offset, name, color in ((-0.2, ours, GREEN), (0.2, other, ORANGE)):
+                axes.barh(place + offset, times[case, n, name], height=0.38, color=color)
+                axes.text(times[case, n, name], place + offset, f" {name}", va="center", fontsize=8)
+            ratio = times[case, n, ours] / times[case, n, other]
+            labels.append(f"{case}, N = {n}\n{ratio:.2f}×, to reach {reach}×")
+        axes.set_yticks(range(len(labels)), labels, fontsize=8)
+        axes.set(xscale="log", xlabel="µs", title=gpu, xlim=(times.min() / 2, times.max() * 20))
+        axes.invert_yaxis()
+        axes.grid(False, axis="y")
+    return speed.finish(figure)
+
+
+def draw_link(rows):
+    """The time of a message against its size, and what becomes of it when something else travels too."""
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for gpu, group in rows.groupby("gpu", sort=False):
+        messages = group[group.case == LINKS].sort_values("megabytes")
+        axes.plot(messages.megabytes, messages.us, marker="o", color=BLUE, label=f"all-to-all, {gpu}")
+        for name, color in ((LINK, ORANGE), (SPREAD, GREEN)):
+            points = group[group.rival == name]
+            axes.scatter(points.megabytes, points.us, color=color, label=f"{name}, {gpu}", zorder=3)
+    axes.set(xscale="log", yscale="log", xlabel="MB that a GPU sends to the other", ylabel="µs")
+    axes.legend(fontsize=8)
+    return speed.finish(figure)
 
 
 if __name__ == "__main__":
