@@ -5,7 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import operators
 from .checks import check, check_limit, check_pairs, check_scores_dtype, check_values
+from .factored import prefix
 from .operators import assume_same_tokens, is_distributed, is_plain
 from .router import omni_router, route_distributed
 
@@ -74,7 +76,15 @@ def adaptive_router(
         return k
 
     def keep(scores, indices):
-        dropped = _dropped(scores.detach(), *check_limit(top_p=top_p, min_p=min_p, threshold=threshold))
+        limit = check_limit(top_p=top_p, min_p=min_p, threshold=threshold)
+        if (
+            not scores.requires_grad
+            and is_plain(scores, indices)
+            and operators.has_kernels(scores)
+            and prefix.takes(scores)
+        ):
+            return prefix.keep_prefix(scores, indices, *limit, scores_dtype or x.dtype)
+        dropped = _dropped(scores.detach(), *limit)
         scores = scores.masked_fill(dropped, 0.0).to(scores_dtype or x.dtype)
         return scores, indices.masked_fill(dropped, -1), (~dropped).sum(-1, dtype=torch.int32)
 

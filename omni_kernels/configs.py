@@ -370,7 +370,7 @@ def _build_launcher(driver, kernel, args):
         elif arg is None or (arg == 1 and not parameter.do_not_specialize):
             kind = "constexpr"
         else:
-            kind = "i64" if arg >> 31 else "i32"
+            kind = parameter.annotation_type or ("i64" if arg >> 31 else "i32")
         signature[parameter.num] = kind
     with contextlib.suppress(Exception):
         driver.launcher_cls(types.SimpleNamespace(constants={}, signature=signature), None)

@@ -62,7 +62,8 @@ def compile_plan(plan, arch=90, **constants):
     pointers = dict.fromkeys(("x_ptr", "y_ptr", "grad_x_ptr", "grad_y_ptr"), logits)
     pointers["keys_ptr"] = "*i64" if plan.dtype == torch.float32 else "*i32"
     pointers |= {"scores_ptr": scores, "grad_ptr": scores, "indices_ptr": "*i32"}
-    pointers["saved_ptr"] = "*fp32"
+    pointers |= {"saved_ptr": "*fp32", "probabilities_ptr": "*fp32", "experts_ptr": "*i32", "counts_ptr": "*i32"}
+    pointers |= {param.name: param.annotation_type for param in plan.kernel.params if param.annotation_type}
     if plan.normalize is None:  # a gradient then needs no logits either
         absent = ("x_ptr", "y_ptr", "saved_ptr") if "grad_ptr" in plan.kernel.arg_names else ("saved_ptr",)
         constants = dict.fromkeys(absent) | constants

@@ -18,7 +18,8 @@ from triton.runtime.jit import KernelInterface
 
 import omni_kernels
 from omni_kernels import backward, configs
-from omni_kernels.factored import frontier, lanes, lists, tile
+from omni_kernels.factored import frontier, lanes, lists, replay, tile
+from omni_kernels.factored.prefix import PrefixPlan
 
 FP32, BF16 = torch.float32, torch.bfloat16
 ARCHS = {80: ["bf16"], 86: ["bf16"], 89: ["bf16"], 90: ["bf16", "fp32"], 100: ["bf16"], 120: ["bf16"]}
@@ -30,6 +31,8 @@ MAX_STACK = 128  # bytes a thread may keep outside its registers
 KERNELS = {
     "backward.dense_kernel": lambda dtype, _: backward.plan_of(4, 16, FP32, dtype, False),
     "backward.scatter_kernel": lambda dtype, _: backward.plan_of(256, 16, FP32, dtype, False),
+    "backward.scatter_kernel of a softmax": lambda dtype, _: backward.plan_of(30, 16, FP32, dtype, False, "softmax"),
+    "backward.shared_kernel of a softmax": lambda dtype, _: backward.plan_of(256, 16, FP32, dtype, True, "softmax"),
     "backward.shared_kernel": lambda dtype, _: backward.plan_of(256, 16, FP32, dtype, True),
     "forward.forward_kernel": {"TILE_M": 4, "TILE_N": 32},
     "frontier.frontier_kernel": lambda dtype, doubles: frontier.plan_of(256, 64, dtype, dtype, 16, doubles),
@@ -39,18 +42,23 @@ KERNELS = {
     "lanes.lanes_kernel of an odd number of vectors": lambda dtype, doubles: plan_of_lanes(100, 8, dtype, doubles),
     "lanes.lanes_kernel in loops": lambda dtype, doubles: plan_of_lanes(256, 16, dtype, doubles),
     "lanes.lanes_kernel of transposed logits": lambda dtype, doubles: plan_of_lanes(256, 16, dtype, doubles, True),
+    "lanes.lanes_kernel of a softmax": lambda dtype, doubles: plan_of_lanes(
+        256, 16, dtype, doubles, normalize="softmax"
+    ),
     "lists.lists_kernel": lambda dtype, _: lists.plan_for(*[columns(2048, dtype)] * 2, 16, dtype),
     "original.backward_kernel": {"TILE_M": 64, "TILE_K": 16},
     "original.forward_kernel": {"TILE_M": 4, "TILE_N": 1024},
     "original.split_forward_kernel": {"TILE_M": 1, "TILE_N": 1024, "TILE_K": 16},
+    "prefix.prefix_kernel": lambda dtype, _: PrefixPlan(0, 16, FP32, dtype, 4, "top_p", 64, 16),
+    "replay.replay_kernel": lambda dtype, _: replay.plan_of(256, 16, dtype, dtype, "softmax"),
     "split_forward.split_forward_kernel": {"TILE_M": 2, "TILE_N": 1024, "TILE_K": 32, "PADDED_SQRT": 128},
     "tile.tile_kernel": lambda dtype, _: plan_of_tile(1000, 4, dtype),
     "tile.tile_kernel of one expert": lambda dtype, _: plan_of_tile(100, 1, dtype),
 }
 
 
-def plan_of_lanes(num_expert_sqrt, k, dtype, doubles, transposed=False, num_lanes=2):
-    return lanes.plan_of(num_expert_sqrt, k, dtype, dtype, 16, transposed, doubles, num_lanes)
+def plan_of_lanes(num_expert_sqrt, k, dtype, doubles, transposed=False, num_lanes=2, normalize=None):
+    return lanes.plan_of(num_expert_sqrt, k, dtype, dtype, 16, transposed, doubles, num_lanes, normalize)
 
 
 def plan_of_tile(num_expert_sqrt, k, dtype):

@@ -56,7 +56,9 @@ def changed(plan):
     """Plans that differ from this one in a field each."""
     for field in dataclasses.fields(plan):
         value = getattr(plan, field.name)
-        if isinstance(value, torch.dtype):
+        if value is None:
+            values = {"softmax"}
+        elif isinstance(value, torch.dtype):
             values = {*DTYPES} - {value}
         else:
             values = {not value} if isinstance(value, bool) else {value * 2 or 1}  # strings double, too
