@@ -31,7 +31,7 @@ import triton.language as tl
 from .configs import device_of, kernel_input, on_nvidia, output_dtype
 from .factored.plan import Launch, Launches, Plan, launch, new_matrices
 from .factored.ptx import allocate_rows, load_words, store_words, sync_warp, unpack_word
-from .factored.softmax import scale_of_row
+from .factored.softmax import LOG2E, origin_of_row
 
 ROW_WORDS = 4096  # sums a warp holds in shared memory at once, of both factors: of 16 KiB a dozen fit an H100's SM
 MAX_TILE_M = 16  # tokens of a warp: a lane for each of their rows
@@ -105,10 +105,9 @@ def _saved_of_rows(saved_ptr, tokens, factor, mask):
 
 @triton.jit
 def _shares(saved_ptr, tokens, factor, given, mask):
-    """slope, origin and weight: a logit of the row loses exp2(logit * slope - origin) * weight."""
+    """origin and weight: a logit of the row loses exp(logit - origin) * weight."""
     largest, total = _saved_of_rows(saved_ptr, tokens, factor, mask)
-    slope, origin, correction = scale_of_row(largest)
-    return slope, origin, tl.where(largest == float("-inf"), 0.0, given * correction / total)
+    return origin_of_row(largest), tl.where(largest == float("-inf"), 0.0, given / total)
 
 
 @triton.jit
@@ -193,12 +192,12 @@ def _logits_ahead(x_ptr, y_ptr, start, some, end, PLAN):
 @triton.jit
 def _less_shares(sums, words, shares, PLAN):
     """Four sums without what their logits, in words, lose."""
-    slope, origin, weight, _ = _load_numbers(shares)
+    origin, weight, _, _ = _load_numbers(shares)
     logits, less = (), ()
     for i in tl.static_range(len(words)):
         logits = logits + unpack_word(words[i], PLAN.element_ty)
     for i in tl.static_range(4):
-        less = less + (tl.fma(tl.exp2(tl.fma(logits[i], slope, origin)), weight, sums[i]),)
+        less = less + (sums[i] - tl.exp2((logits[i] - origin) * LOG2E) * weight,)
     return less
 
 
@@ -284,8 +283,8 @@ def shared_kernel(
             _add_in_order(addresses, values, masks)
     if PLAN.sums_rows:
         row, factor = lane % TILE_M, tl.minimum(lane // TILE_M, 1)
-        slope, origin, weight = _shares(saved_ptr, first_token + row, factor, given, row < num_rows)
-        store_words(buffer + SHARES + lane * 16, _bits((slope, -origin, -weight, given)))
+        origin, weight = _shares(saved_ptr, first_token + row, factor, given, row < num_rows)
+        store_words(buffer + SHARES + lane * 16, _bits((origin, weight, weight, weight)))
     sync_warp(lane)
 
     DTYPE: tl.constexpr = grad_x_ptr.dtype.element_ty
@@ -339,9 +338,9 @@ def _lost(logits_ptr, offsets, shares, mask, PLAN):
     if not PLAN.sums_rows:
         return 0.0
     else:
-        slope, origin, weight = shares
+        origin, weight = shares
         logits = tl.load(logits_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        return tl.exp2(tl.fma(logits, slope[:, None], -origin[:, None])) * weight[:, None]
+        return tl.exp2((logits - origin[:, None]) * LOG2E) * weight[:, None]
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

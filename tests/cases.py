@@ -65,8 +65,9 @@ def compile_plan(plan, arch=90, **constants):
     pointers |= {"saved_ptr": "*fp32", "probabilities_ptr": "*fp32", "experts_ptr": "*i32", "counts_ptr": "*i32"}
     pointers |= {param.name: param.annotation_type for param in plan.kernel.params if param.annotation_type}
     if plan.normalize is None:  # a gradient then needs no logits either
-        absent = ("x_ptr", "y_ptr", "saved_ptr") if "grad_ptr" in plan.kernel.arg_names else ("saved_ptr",)
-        constants = dict.fromkeys(absent) | constants
+        names = plan.kernel.arg_names
+        absent = {"saved_ptr"} | ({"x_ptr", "y_ptr"} if "grad_ptr" in names else set())
+        constants = dict.fromkeys(absent.intersection(names)) | constants
     constants = {"PLAN": plan} | constants
     return compile_for(arch, plan.kernel, pointers, constants, num_warps=plan.num_warps, **OPTIONS)
 

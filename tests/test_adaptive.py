@@ -352,7 +352,7 @@ def test_compiles_for_limits_that_change(limit, device):
     compiled = torch.compile(route, fullgraph=True, backend="aot_eager")
     x, y = random_logits(6, 4, device=device)
     for value in (0.1, 0.5, 0.7, 1.0, 1):
-        assert_same_bits(compiled(x, y, value), route(x, y, value))
+        assert_alike((compiled(x, y, value), ()), (route(x, y, value), ()))
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -384,14 +384,14 @@ def test_exports(strict, device):
     program = torch.export.export(Layer(), example, dynamic_shapes=({0: tokens}, {0: tokens}), strict=strict)
     for num_tokens in (2, 9):
         x, y = random_logits(num_tokens, 4, device=device)
-        assert_same_bits(program.module()(x, y), route_and_group(x, y))
+        assert_alike((program.module()(x, y), ()), (route_and_group(x, y), ()))
 
 
 @pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
 def test_make_fx(tracing_mode, device):
     x, y = random_logits(6, 4, device=device)
     traced = make_fx(lambda x, y: route_and_group(x, y), tracing_mode=tracing_mode)(x, y)
-    assert_same_bits(traced(y, x), route_and_group(y, x))
+    assert_alike((traced(y, x), ()), (route_and_group(y, x), ()))
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # searchsorted is run once for every part of a batch

@@ -282,4 +282,4 @@ def test_fp32_gradients_of_other_logits(num_expert_sqrt, k, dtype, device):
 
 
 if __name__ == "__main__":
-    print(json.dumps([compile_plan(shared_plan(*case)).asm["ptx"] for case in PTX_CASES]))
+    print(json.dumps([compile_plan(shared_plan(*case), 80).asm["ptx"] for case in PTX_CASES]))

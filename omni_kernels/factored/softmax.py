@@ -23,6 +23,7 @@ ROUNDS = tl.constexpr(1.5 * 2.0**23)  # added and subtracted again, leaves an in
 HUGE = tl.constexpr(1e37)  # logits whose neighbours are so far away that only equal ones have a power above 0
 UP = tl.constexpr(2.0**64)  # keeps what becomes subnormal above that until the last multiplication
 ONE = tl.constexpr(2.0**40)  # of a power as an integer: integers add up to the same in any order
+LEAST = tl.constexpr(-104.0)  # whose exp rounds to 0
 FAR = tl.constexpr(-16.0)  # below, a rounding of the logarithm shows in a probability
 BLOCK = tl.constexpr(128)  # bytes whose powers are added up in a tree
 
@@ -42,15 +43,15 @@ def exact_sum(a, b):
 @triton.jit
 def ratio_of_pair(x, y, best_x, best_y):
     """The logarithm (high, low) of what exp of a pair's sum is to that of the best pair."""
-    high_x, low_x = exact_sum(x, -_origin(best_x))
-    high_y, low_y = exact_sum(y, -_origin(best_y))
+    high_x, low_x = exact_sum(x, -origin_of_row(best_x))
+    high_y, low_y = exact_sum(y, -origin_of_row(best_y))
     total, low = exact_sum(high_x, high_y)
     high, low = exact_sum(total, low + (low_x + low_y))
-    return high, tl.where(high < FAR, low, 0.0)
+    return high, tl.where((high < FAR) & (high > LEAST), low, 0.0)
 
 
 @triton.jit
-def _origin(best):
+def origin_of_row(best):
     """What is subtracted from the logits of a row: the largest, but 0 where all are masked."""
     return tl.where(best == float("-inf"), 0.0, best)
 
@@ -94,7 +95,7 @@ def normalized(high, low, scales, PLAN):
 @triton.jit
 def _exp(high, low, up, down):
     """exp(high + low) * up * down, rounded once where it is subnormal; up is at least 2**33, and NaN shows in down."""
-    high = tl.maximum(high, -104.0)  # which gives 0 just as well
+    high = tl.maximum(high, LEAST)
     shifted = tl.fma(high, LOG2E, ROUNDS)  # an integer n in its last bits
     n = shifted - ROUNDS
     rest = tl.fma(n, -LN2_LOW, tl.fma(n, -LN2_HIGH, high)) + low
@@ -119,9 +120,9 @@ def total_of_integers(integers):
 
 
 @triton.jit
-def scale_of_row(best):
+def _scale_of_row(best):
     """slope and origin of the powers of a row whose largest logit is `best`, and the correction of their sum."""
-    best = _origin(best)
+    best = origin_of_row(best)
     slope = tl.where(tl.abs(best) < HUGE, LOG2E, 0.125)
     origin = best * slope
     return slope, origin, tl.exp2(-tl.fma(best, slope, -origin))
@@ -134,7 +135,7 @@ def total_of_tile(row, BYTES, skip, best, num_tokens, PLAN):
     row: int32, in shared memory, or int64, in global memory; in vectors of the plan.
     """
     STEP: tl.constexpr = _gcd(BYTES, BLOCK)
-    slope, origin, correction = scale_of_row(best)
+    slope, origin, correction = _scale_of_row(best)
     if STEP == BYTES:
         total = _powers(row, STEP, skip, slope, origin, PLAN)
     else:
@@ -204,13 +205,13 @@ def _block(size, address, plan):
 @triton.jit
 def total_of_strided_segment(row_ptrs, stride_n, first_column, COUNT, skip, best, PLAN):
     """`total_of_tile` of columns that are read one by one."""
-    slope, origin, correction = scale_of_row(best)
+    origin = origin_of_row(best)
     total, rest = tl.zeros_like(best), tl.zeros_like(best)
     for column in tl.range(COUNT):
         value = load_value(row_ptrs + (first_column + column).to(tl.int64) * stride_n, PLAN)
-        power = tl.where(column < skip, 0.0, tl.exp2(tl.fma(value, slope, -origin)))
+        power = tl.where(column < skip, 0.0, tl.exp2((value - origin) * LOG2E))
         total, rest = add_exactly(total, rest, power)
-    return total * correction
+    return total
 
 
 @triton.jit

@@ -14,11 +14,12 @@ from ..configs import interpreting
 from .keys import LOWEST_KEY, index_bits, pack, unpack
 from .plan import Plan, count
 from .softmax import (
+    LOG2E,
     add_exactly,
     as_integer,
     normalized,
+    origin_of_row,
     ratio_of_pair,
-    scale_of_row,
     scales_of_scores,
     total_of_integers,
 )
@@ -93,15 +94,15 @@ def top_of_rows(row_ptrs, stride_n, num_columns, in_batch, PLAN):
 @triton.jit
 def _total_of_rows(row_ptrs, stride_n, num_columns, best, in_batch, PLAN):
     """The sum of exp(logit - best) over each row."""
-    slope, origin, correction = scale_of_row(best)
+    origin = origin_of_row(best)[:, None]
     total, rest = tl.zeros_like(best), tl.zeros_like(best)
     for start in range(0, num_columns, PLAN.tile_n):
         columns = (start + tl.arange(0, PLAN.tile_n))[None, :]
         mask = in_batch[:, None] & (columns < num_columns)
         values = tl.load(row_ptrs + columns.to(tl.int64) * stride_n, mask=mask, other=0.0).to(tl.float32)
-        powers = tl.where(mask, tl.exp2(tl.fma(values, slope[:, None], -origin[:, None])), 0.0)
+        powers = tl.where(mask, tl.exp2((values - origin) * LOG2E), 0.0)
         total, rest = add_exactly(total, rest, tl.sum(powers, 1))
-    return total * correction
+    return total
 
 
 @triton.jit
