@@ -75,13 +75,13 @@ def parts(x, y, k):
     """The parts of a call of omni_router, and Triton's own way to launch its kernel."""
     plan = explain(x, y, k)
     scores, indices = factored.run(plan, x, y)
-    args = x, y, scores, indices, *x.stride(), *y.stride(), len(x)
+    tensors, numbers = (x, y, scores, indices, None), (*x.stride(), *y.stride(), len(x))
     repeated = Launch(plan, x.get_device())
     return {
         "checks of the arguments": lambda: check(x, y, k),
         "memory for the results": lambda: (torch.empty_like(scores), torch.empty_like(indices)),
-        "launch, as Triton does it": lambda: launch(plan, *args),
-        "launch, as the package does it": lambda: repeated(*args),
+        "launch, as Triton does it": lambda: launch(plan, *tensors, *numbers),
+        "launch, as the package does it": lambda: repeated(tensors, *numbers),
         "look-up, memory and launch": lambda: factored.factored_forward(x, y, k),
         "the same of the gradient": lambda: backward(scores, indices, x.shape[1]),
     }

@@ -359,7 +359,7 @@ from omni_kernels.factored import lanes
 
 def compile_plan(plan, x, y):
     numbers = *x.stride(), *y.stride(), len(x)
-    configs.compiled(plan.kernel, x, y, x, torch.int32, *numbers, PLAN=plan, num_warps=plan.num_warps)
+    configs.compiled(plan.kernel, x, y, x, torch.int32, None, *numbers, PLAN=plan, num_warps=plan.num_warps)
 
 
 triton.runtime.driver.set_active(autotune_study._NoDevice(autotune_study.TARGETS["cuda:sm90"]))
