@@ -164,7 +164,9 @@ def route_distributed(x, y, k, scores_dtype, normalize, check_all, facts, shard_
 
 def replay(router_logits_x, router_logits_y, indices, scores_dtype=None, normalize=None):
     """The scores of experts chosen before: bit for bit what `omni_router` gives with indices that it chose from these
-    logits, and the same gradients. For recomputation, reinforcement learning, frozen routing.
+    logits, and the same gradients. For recomputation, reinforcement learning, frozen routing. (Normalized by kernels,
+    scores are rounded as for as many experts of as many tokens in the same layout, in eager mode. What compilers and
+    transforms take apart is normalized by PyTorch's operators, within the same accuracy.)
 
     Formulas, accuracy, masks, NaN and +inf, derivatives, compilers and transforms are as for `omni_router`. Any other
     experts may be asked for, in any order, an expert twice too. A token then has NaN for all its scores where

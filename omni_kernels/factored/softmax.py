@@ -108,7 +108,7 @@ def _exp(high, low, up, down):
 @triton.jit
 def as_integer(high, low):
     """exp of a ratio, for `total_of_integers`."""
-    return (_exp(high, low, high * 0.0 + UP, ONE / UP)).to(tl.int64)
+    return _exp(high, low, tl.zeros_like(high) + UP, ONE / UP).to(tl.int64)
 
 
 @triton.jit
