@@ -484,7 +484,9 @@ def plan_of(num_expert_sqrt, k, dtype, scores_dtype, shared, normalize=None):
     """The plan of a problem; shared: whether shared_kernel takes it."""
     problem = num_expert_sqrt, k, dtype, scores_dtype
     if shared:  # as many whole rows as fit, or a piece of one; no slot is staged by two lanes
-        tokens = min(max(ROW_WORDS // (2 * triton.next_power_of_2(num_expert_sqrt)), 1), MAX_TILE_M)
+        # Who reads logits as well is faster with half the rows.
+        words = ROW_WORDS // 2 if normalize in ("softmax", "log_softmax") else ROW_WORDS
+        tokens = min(max(words // (2 * triton.next_power_of_2(num_expert_sqrt)), 1), MAX_TILE_M)
         tile_k = min(max(triton.next_power_of_2(k), 4, 32 // tokens), MAX_TILE_K)
         sizes = "shared", tokens, min(num_expert_sqrt, ROW_WORDS // 2), tile_k
         return GradientPlan(*problem, 1, *sizes, normalize=normalize)
