@@ -83,7 +83,9 @@ def package_kernels():
 
 
 def cases():
-    return [(name, arch, dtype) for name in KERNELS for arch, dtypes in ARCHS.items() for dtype in dtypes]
+    """Variants that normalize differ in nothing that an architecture minds: they are compiled for one."""
+    wanted = [(name, arch) for name in KERNELS for arch in ARCHS if arch == 90 or "softmax" not in name]
+    return [(name, arch, dtype) for name, arch in wanted for dtype in ARCHS[arch]]
 
 
 def compile_kernel(case):

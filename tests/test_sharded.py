@@ -71,7 +71,7 @@ def assert_routes(x, y, k, mesh, placements, placements_y=None, want=None, funct
 
 def check_every_placement(device, rank, num_ranks):
     mesh = init_device_mesh(device.type, (num_ranks,))
-    for dtype, n in itertools.product(DTYPES, (37, 64)):
+    for dtype, n in itertools.product(DTYPES, (37, 64) if num_ranks == 2 else (37,)):
         x, y = adversarial_logits(n, dtype, device)
         for k, normalize in itertools.product((3, 20), NORMALIZE):
             if k == 20 and normalize in ("topk", "log_softmax"):
@@ -140,7 +140,7 @@ def check_shapes(device, rank, num_ranks):
     mesh = init_device_mesh(device.type, (num_ranks,))
 
     @settings(
-        max_examples=30,
+        max_examples=15,
         deadline=None,
         derandomize=True,
         phases=[Phase.generate],
