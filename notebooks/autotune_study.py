@@ -530,7 +530,7 @@ def run_study(minutes=5, problems=PROBLEMS):
             left = run_jobs(all_jobs(problems), minutes, keep, known)
         except KeyboardInterrupt:
             print("Stopped.")
-    print(f"{tables.setting()['gpu']}: {len(keep.rows)} measured and kept in {tables.DATA}"
+    print(f"{tables.setting()['gpu']}: {len(keep.rows)} measured and kept in {os.path.relpath(tables.DATA)}"
           + ("" if left == 0 else f", {left or 'others'} left: run again to go on."))  # fmt: skip
 
 
