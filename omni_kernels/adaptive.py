@@ -11,8 +11,6 @@ from .factored import prefix
 from .operators import assume_same_tokens, is_distributed, is_plain
 from .router import omni_router, route_distributed
 
-ONE = 2.0**60  # of a probability as an integer: those down to 2**-37 are such integers exactly
-
 
 def adaptive_router(
     router_logits_x,
@@ -112,8 +110,9 @@ def _dropped(scores, limit, value):
 
 def _sums_before(scores):
     """The sum of all probabilities before each, fp64. Added as integers: PyTorch promises no order of adding floats."""
-    integers = (scores.nan_to_num(0.0).double() * ONE).long()
-    return (integers.cumsum(-1) - integers).double() / ONE
+    one = prefix.ONE.value
+    integers = (scores.nan_to_num(0.0).double() * one).long()
+    return (integers.cumsum(-1) - integers).double() / one
 
 
 class ExpertGroups(NamedTuple):

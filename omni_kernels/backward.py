@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from .configs import device_of, kernel_input, on_nvidia, output_dtype
-from .factored.plan import Launch, Launches, Plan, launch, new_matrices
+from .factored.plan import OVER_ALL, Launch, Launches, Plan, launch, new_matrices
 from .factored.ptx import allocate_rows, load_words, store_words, sync_warp, unpack_word
 from .factored.softmax import LOG2E, origin_of_row
 
@@ -485,7 +485,7 @@ def plan_of(num_expert_sqrt, k, dtype, scores_dtype, shared, normalize=None):
     problem = num_expert_sqrt, k, dtype, scores_dtype
     if shared:  # as many whole rows as fit, or a piece of one; no slot is staged by two lanes
         # Who reads logits as well is faster with half the rows.
-        words = ROW_WORDS // 2 if normalize in ("softmax", "log_softmax") else ROW_WORDS
+        words = ROW_WORDS // 2 if normalize in OVER_ALL else ROW_WORDS
         tokens = min(max(words // (2 * triton.next_power_of_2(num_expert_sqrt)), 1), MAX_TILE_M)
         tile_k = min(max(triton.next_power_of_2(k), 4, 32 // tokens), MAX_TILE_K)
         sizes = "shared", tokens, min(num_expert_sqrt, ROW_WORDS // 2), tile_k

@@ -201,11 +201,15 @@ class _EagerRoute(torch.autograd.Function):
             return None, None, None, None, None
         router, num_expert_sqrt, dtype = ctx.rest
         (indices,) = ctx.saved_tensors
-        # With create_graph the gradient has a gradient; with is_grads_batched it is an older kind of batched tensor.
-        operator = torch.is_grad_enabled() or not is_plain(grad, indices) or _C._functorch.is_legacy_batchedtensor(grad)
-        sum_up = router.backward_operator if operator else router.sum_up
+        sum_up = router.backward_operator if _is_transformed(grad, indices) else router.sum_up
         grad_x, grad_y = sum_up(grad, indices, num_expert_sqrt, dtype)
         return grad_x, grad_y, None, None, None
+
+
+def _is_transformed(grad, indices):
+    """Whether kernels may not take a gradient: with create_graph it has a gradient itself, with is_grads_batched it is
+    an older kind of batched tensor."""
+    return torch.is_grad_enabled() or not is_plain(grad, indices) or _C._functorch.is_legacy_batchedtensor(grad)
 
 
 class _EagerScores(torch.autograd.Function):
@@ -227,7 +231,7 @@ class _EagerScores(torch.autograd.Function):
             return (None,) * 7
         x, y, indices, saved = ctx.saved_tensors
         scores_dtype, normalize, kernels = ctx.rest
-        if torch.is_grad_enabled() or not is_plain(grad, indices) or _C._functorch.is_legacy_batchedtensor(grad):
+        if _is_transformed(grad, indices):
             wanted = [factor for factor in (x, y) if factor.requires_grad]
             with torch.enable_grad():
                 scores = kernels.trace(x, y, indices, scores_dtype, normalize)

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from . import reference
 from .distributed import backends_of, consult, raise_together, refusal_code
 from .factored import lists
+from .factored.plan import OVER_ALL
 from .operators import as_matrix, define
 
 _all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor  # before PyTorch 2.12
@@ -344,7 +345,7 @@ def _route_candidates(functions, x, y, k, scores_dtype, normalize, way):
     scores_dtype = scores_dtype or dtype
     x, y = as_matrix(x), as_matrix(y)
     keys = _BEST_COLUMNS(x.detach(), y.detach(), k, way.first)
-    sums, over_all = None, normalize in ("softmax", "log_softmax")
+    sums, over_all = None, normalize in OVER_ALL
     if normalize is not None:
         x, y = x.float(), y.float()  # so that gradients are rounded once
     if over_all:

@@ -20,6 +20,25 @@ def device():
     return DEVICE
 
 
+@pytest.fixture(scope="module")
+def pytorch_routes():
+    """On a CPU, unless a test asks for `kernels`: interpreted, they would take hours. (The same bits, tests of theirs
+    say.)"""
+    from omni_kernels import operators  # not before the interpreter is chosen
+
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE == "cpu":
+            patch.setattr(operators, "has_kernels", lambda _: False)
+        yield
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    from omni_kernels import configs, operators
+
+    monkeypatch.setattr(operators, "has_kernels", configs.has_kernels)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def few_configurations():
     """On a GPU kernels tune themselves over two configurations a problem, since what takes the time is compiling them;

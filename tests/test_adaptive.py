@@ -25,7 +25,9 @@ from torch.func import grad, jvp
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from omni_kernels import adaptive, adaptive_router, configs, omni_router, operators, to_csr
+from omni_kernels import adaptive, adaptive_router, omni_router, to_csr
+
+pytestmark = pytest.mark.usefixtures("pytorch_routes")
 
 FP32, FP16, BF16 = DTYPES
 ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -34,20 +36,6 @@ SOME_LIMITS = [("top_p", 0.5), ("top_p", 1.0), ("min_p", 0.3), ("threshold", 0.0
 EVERY_LIMIT = pytest.mark.parametrize(("limit", "value"), SOME_LIMITS)
 TINY = 2.0**-148  # smaller probabilities may be 0 in fp32
 BACKENDS = ["aot_eager", "inductor"] if ON_GPU else ["aot_eager"]  # without a GPU inductor asks for a C++ compiler
-
-
-@pytest.fixture(autouse=True, scope="module")
-def pytorch_routes():
-    """On a CPU, unless a test asks for `kernels`: interpreted, they would take minutes."""
-    with pytest.MonkeyPatch.context() as patch:
-        if not ON_GPU:
-            patch.setattr(operators, "has_kernels", lambda _: False)
-        yield
-
-
-@pytest.fixture
-def kernels(monkeypatch):
-    monkeypatch.setattr(operators, "has_kernels", configs.has_kernels)
 
 
 def random_logits(*shape, dtype=FP32, device="cpu", seed=0):

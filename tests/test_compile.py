@@ -49,7 +49,7 @@ KERNELS = {
     "original.backward_kernel": {"TILE_M": 64, "TILE_K": 16},
     "original.forward_kernel": {"TILE_M": 4, "TILE_N": 1024},
     "original.split_forward_kernel": {"TILE_M": 1, "TILE_N": 1024, "TILE_K": 16},
-    "prefix.prefix_kernel": lambda dtype, _: PrefixPlan(0, 16, FP32, dtype, 4, "top_p", 64, 16),
+    "prefix.prefix_kernel": lambda dtype, _: PrefixPlan(0, 16, FP32, dtype, 4, 64, 16, "top_p"),
     "replay.replay_kernel": lambda dtype, _: replay.plan_of(256, 16, dtype, dtype, "softmax"),
     "split_forward.split_forward_kernel": {"TILE_M": 2, "TILE_N": 1024, "TILE_K": 32, "PADDED_SQRT": 128},
     "tile.tile_kernel": lambda dtype, _: plan_of_tile(1000, 4, dtype),

@@ -7,7 +7,6 @@ import torch
 from cases import (
     DTYPES,
     INF,
-    ON_GPU,
     DispatchMode,
     adversarial_logits,
     assert_accurate,
@@ -22,29 +21,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import omni_kernels
-from omni_kernels import brute_force_router, configs, explain, omni_router, operators, reference, replay
+from omni_kernels import brute_force_router, explain, omni_router, operators, reference, replay
 from omni_kernels.checks import NORMALIZE
+
+pytestmark = pytest.mark.usefixtures("pytorch_routes")
 
 FP32, FP16, BF16 = DTYPES
 OPERATORS = torch.ops.omni_kernels
 EVERY_NORMALIZE = pytest.mark.parametrize("normalize", [None, *NORMALIZE])
 NORMALIZED = pytest.mark.parametrize("normalize", NORMALIZE)
 ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def pytorch_routes():
-    """On a CPU, unless a test asks for `kernels`: interpreted, they would take hours. (The same bits, tests of theirs
-    say.)"""
-    with pytest.MonkeyPatch.context() as patch:
-        if not ON_GPU:
-            patch.setattr(operators, "has_kernels", lambda _: False)
-        yield
-
-
-@pytest.fixture
-def kernels(monkeypatch):
-    monkeypatch.setattr(operators, "has_kernels", configs.has_kernels)
 
 
 def random_logits(*shape, device, dtype=FP32, scale=2.0, seed=0):

@@ -15,7 +15,7 @@ from ..checks import check, check_normalize, check_scores_dtype
 from ..configs import device_of, has_kernels, kernel_input, on_nvidia, output_dtype
 from ..operators import as_matrix
 from . import frontier, lanes, replay, tile
-from .plan import Launch, Launches, Plan, launch, new_matrices
+from .plan import Launch, Launches, Plan, launch, new_matrices, saved_numbers
 
 _launches = Launches()  # of each problem: the most tokens that are few, the launch for few, the launch for many
 
@@ -111,7 +111,7 @@ def replay_pairs(x, y, indices, scores_dtype, normalize, saved):
 
 def room_to_save(x, k, normalize):
     """Memory for what a selection saves for its gradient (plan.py)."""
-    return x.new_empty(len(x) * (4 + (0 if normalize == "log_softmax" else k)), dtype=torch.float32)
+    return x.new_empty(len(x) * saved_numbers(normalize, k), dtype=torch.float32)
 
 
 def _first_call(problem, x, y, k, scores_dtype, normalize, saved):

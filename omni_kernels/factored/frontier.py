@@ -365,8 +365,6 @@ def frontier_kernel(
         token_list = lists + token * 2 * KEY_BYTES
         if PLAN.normalize is not None:
             best_x, best_y = _load(token_list, PLAN)[0], _load(token_list + KEY_BYTES, PLAN)[0]
-            best = best_x + best_y
-            masked = (best == float("-inf")) & ((best_x == float("-inf")) | (best_y == float("-inf")))
             if PLAN.sums_rows:
                 of_x, of_y = load_shared(totals + token * 8, 32), load_shared(totals + token * 8 + 4, 32)
                 product = of_x.to(tl.float32, bitcast=True) * of_y.to(tl.float32, bitcast=True)
@@ -381,7 +379,7 @@ def frontier_kernel(
                 for level in tl.static_range(5):
                     integers += partner(integers, 1 << level, PLAN)
                 product = total_of_integers(integers)
-            scales = scales_of_scores(product, best, masked, PLAN)
+            scales = scales_of_scores(product, best_x + best_y, best_x, best_y, PLAN)
         for start in tl.static_range(0, K, 32):
             slots = start + tl.arange(0, 32)
             pair = out + token * PLAN.pair_pitch + tl.minimum(slots, K - 1) * 2

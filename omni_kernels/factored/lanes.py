@@ -235,9 +235,7 @@ def _logit(row, column, stride_n, PLAN):
 @triton.jit
 def _normalized(highs, lows, total, best_x, best_y, PLAN):
     """`normalized` of a tuple of pairs."""
-    best, results = best_x + best_y, ()
-    masked = (best == float("-inf")) & ((best_x == float("-inf")) | (best_y == float("-inf")))
-    scales = scales_of_scores(total, best, masked, PLAN)
+    results, scales = (), scales_of_scores(total, best_x + best_y, best_x, best_y, PLAN)
     for slot in tl.static_range(len(highs)):
         results = results + (normalized(highs[slot], lows[slot], scales, PLAN),)
     return results

@@ -21,6 +21,8 @@ import triton.language as tl
 from ..configs import OPTIONS, compiled
 
 MAX_PROBLEMS = 4096  # whose launches are kept
+SLOTS = 1024  # experts that a program of a `SlotsPlan` looks at
+OVER_ALL = ("softmax", "log_softmax")  # what takes a sum over every row
 
 _empty_on_gpu = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
 _loading, _polite = threading.Lock(), threading.Lock()  # what one thread at a time may do
@@ -80,7 +82,7 @@ class Plan(dict):
     @property
     def sums_rows(self):
         """Whether the softmax over all experts is asked for, which takes a sum over every row."""
-        return self.normalize in ("softmax", "log_softmax")
+        return self.normalize in OVER_ALL
 
     @property
     def has_weights(self):
@@ -89,14 +91,36 @@ class Plan(dict):
 
     @property
     def saved_numbers(self):
-        """How many fp32 numbers of a token are saved for its gradient: of both rows the largest logit and the total;
-        and, behind those of all tokens, the weights."""
-        return 4 + (self.k if self.has_weights else 0)
+        """`saved_numbers` of this plan."""
+        return saved_numbers(self.normalize, self.k)
 
     @property
     def ranks(self):
         """How many columns of a row can be among the k best pairs."""
         return min(self.k, self.num_expert_sqrt)
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotsPlan(Plan):
+    """What is common to plans of kernels that look at all experts chosen for a token at once."""
+
+    tokens: int  # of a program
+    tile_k: int  # experts of a token, padded
+
+    def why(self):
+        return f"{self.kernel.__name__}: {self.tokens} tokens a program."
+
+
+def saved_numbers(normalize, k):
+    """How many fp32 numbers of a token are saved for its gradient: of both rows the largest logit and the total; and,
+    behind those of all tokens, the weights."""
+    return 4 + (0 if normalize == "log_softmax" else k)
+
+
+def tile_of_slots(k):
+    """The tokens of a program and the padded k of a `SlotsPlan`."""
+    tile_k = max(2, triton.next_power_of_2(k))
+    return max(1, SLOTS // tile_k), tile_k
 
 
 def _name(dtype):

@@ -8,25 +8,19 @@ import triton
 import triton.language as tl
 
 from ..configs import device_of, on_nvidia, output_dtype
-from .plan import Launch, Launches, Plan, launch
+from .plan import Launch, Launches, SlotsPlan, launch, tile_of_slots
 
 MAX_EXPERTS_PER_TOKEN = 256
-TILE = 1024  # experts of a program
-ONE = tl.constexpr(2.0**60)  # of a probability as an integer, as in ../adaptive.py
+ONE = tl.constexpr(2.0**60)  # of a probability as an integer: those down to 2**-37 are such integers exactly
 
 _launches = Launches()
 
 
 @dataclasses.dataclass(frozen=True)
-class PrefixPlan(Plan):
+class PrefixPlan(SlotsPlan):
     """How prefix_kernel is launched."""
 
     limit: str  # "top_p", "min_p" or "threshold"
-    tokens: int  # of a program
-    tile_k: int  # experts of a token, padded
-
-    def why(self):
-        return f"prefix_kernel: {self.tokens} tokens a program."
 
     @property
     def kernel(self):
@@ -90,8 +84,7 @@ def keep_prefix(probabilities, experts, limit, value, scores_dtype):
     problem = probabilities.get_device(), k, limit, scores_dtype, num_tokens >> 31
     known = _launches.get(problem)
     if known is None:
-        tile_k = max(2, triton.next_power_of_2(k))
-        plan = PrefixPlan(0, k, torch.float32, scores_dtype, 4, limit, max(1, TILE // tile_k), tile_k)
+        plan = PrefixPlan(0, k, torch.float32, scores_dtype, 4, *tile_of_slots(k), limit)
         if not on_nvidia(probabilities.device):
             with device_of(probabilities):
                 launch(plan, *tensors, *numbers)
@@ -107,7 +100,7 @@ def _whole(top_p):
     """The least integer that as a double is no longer below top_p * ONE; at 1 and above everything is kept."""
     if top_p >= 1:
         return (1 << 63) - 1
-    limit = top_p * 2.0**60
+    limit = top_p * ONE.value
     low, high = int(limit) - 256, int(limit) + 1
     while high - low > 1:
         middle = (low + high) // 2

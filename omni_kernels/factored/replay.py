@@ -6,21 +6,13 @@ import functools
 import triton
 import triton.language as tl
 
-from .plan import Plan
+from .plan import SlotsPlan, tile_of_slots
 from .softmax import as_integer, normalized, ratio_of_pair, scales_of_scores, total_of_integers
-
-TILE = 1024  # experts of a program
 
 
 @dataclasses.dataclass(frozen=True)
-class ReplayPlan(Plan):
+class ReplayPlan(SlotsPlan):
     """How replay_kernel is launched."""
-
-    tokens: int  # of a program
-    tile_k: int  # experts of a token, padded
-
-    def why(self):
-        return f"replay_kernel: {self.tokens} tokens a program."
 
     @property
     def kernel(self):
@@ -54,8 +46,8 @@ def replay_kernel(
     high, low = ratio_of_pair(x, y, first_x[:, None], first_y[:, None])
     if PLAN.normalize == "topk":
         total = total_of_integers(tl.sum(tl.where(mask, as_integer(high, low), 0), 1))
-    masked = (best == best) & ((first_x == float("-inf")) | (first_y == float("-inf"))) & (best < float("inf"))
-    scores = normalized(high, low, scales_of_scores(total[:, None], best[:, None], masked[:, None], PLAN), PLAN)
+    scales = scales_of_scores(total[:, None], best[:, None], first_x[:, None], first_y[:, None], PLAN)
+    scores = normalized(high, low, scales, PLAN)
     tl.store(scores_ptr + outputs, scores.to(scores_ptr.dtype.element_ty), mask=mask)
     if PLAN.has_weights:
         tl.store(saved_ptr + num_tokens.to(tl.int64) * 4 + outputs, scores, mask=mask)
@@ -64,6 +56,4 @@ def replay_kernel(
 @functools.cache
 def plan_of(num_expert_sqrt, k, dtype, scores_dtype, normalize):
     """The plan of a problem."""
-    tile_k = max(2, triton.next_power_of_2(k))
-    tokens = max(1, TILE // tile_k)
-    return ReplayPlan(num_expert_sqrt, k, dtype, scores_dtype, 4, tokens, tile_k, normalize=normalize)
+    return ReplayPlan(num_expert_sqrt, k, dtype, scores_dtype, 4, *tile_of_slots(k), normalize=normalize)

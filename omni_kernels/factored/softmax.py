@@ -69,9 +69,10 @@ def differences(sums, best):
 
 
 @triton.jit
-def scales_of_scores(total, best, masked, PLAN):
-    """What `normalized` wants to know of a token: the total of all its ratios, the sum of its best pair, and whether a
-    row of it is masked altogether."""
+def scales_of_scores(total, best, best_x, best_y, PLAN):
+    """What `normalized` wants to know of a token, from the total of its ratios, the sum of the best of all its pairs,
+    and both logits of the pair that ratios are to. If one of them is -inf, a row is masked altogether."""
+    masked = (best < float("inf")) & ((best_x == float("-inf")) | (best_y == float("-inf")))
     if PLAN.normalize == "log_softmax":
         # Of a number: for others log2 has a branch of its own, where lanes would part.
         log = tl.log2(tl.where(total == total, total, 1.0)) * LN2 + (total - total)

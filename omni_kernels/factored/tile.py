@@ -193,8 +193,7 @@ def tile_kernel(
         else:
             total = total_of_integers(tl.sum(tl.where(is_slot, as_integer(high, low), 0), 1))
         best = first_x + first_y
-        masked = (best == float("-inf")) & ((first_x == float("-inf")) | (first_y == float("-inf")))
-        scales = scales_of_scores(total[:, None], best[:, None], masked[:, None], PLAN)
+        scales = scales_of_scores(total[:, None], best[:, None], first_x[:, None], first_y[:, None], PLAN)
         results = normalized(high, low, scales, PLAN)
         if saved_ptr is not None:
             tl.store(saved_ptr + tokens * 4, first_x, mask=in_batch)
