@@ -237,12 +237,13 @@ class Kernel(NamedTuple):
     instructions: list
     labels: dict
     constants: dict
-    shared_bytes: int
+    shared_bytes: int  # of a program
     private_bytes: int  # of each thread
 
 
-def parse(ptx):
-    """A module's only Kernel. NotImplementedError: names an instruction that is not known."""
+def parse(ptx, launch_bytes=0):
+    """A module's only Kernel. launch_bytes: what a launch adds to the shared memory that the kernel itself declares.
+    NotImplementedError: names an instruction that is not known."""
     body = re.sub(r"//.*|^\s*\.(loc|file)\b.*", "", ptx[ptx.index("{", ptx.index(".entry")) :], flags=re.M)
     instructions, labels, constants, shared_bytes, places, private_bytes = [], {}, {}, 0, {}, 0
     num_threads = int(re.search(r"\.reqntid (\d+)", ptx)[1])
@@ -260,6 +261,7 @@ def parse(ptx):
                 constants |= {name: constant(SHARED + shared_bytes, num_threads) for name in dynamic}
                 private = PRIVATE + np.arange(num_threads) * private_bytes
                 constants |= {name: pattern(private + place) for name, place in places.items()}
+                shared_bytes += launch_bytes
                 return Kernel(num_threads, instructions, labels, constants, shared_bytes, private_bytes)
         statement = statement.strip()
         if private := re.match(r"\.local \.align \d+ \.b8\s+([$\w]+)\[(\d+)\]", statement):
@@ -458,14 +460,14 @@ VALUES = {
 # The program ---------------------------------------------------------------------------------------------------------
 
 
-def run_program(kernel, parameters, memory, shared_bytes=0, program_id=0, num_programs=1):
+def run_program(kernel, parameters, memory, program_id=0, num_programs=1):
     """Runs one program of a kernel; what it stores is in `memory` afterwards.
 
     kernel: what `parse` returned. parameters: the kernel's arguments in order, integers. memory: {address: uint8
-    array}, all the global memory there is. shared_bytes: what the launch adds to the shared memory that the kernel
-    itself declares. AssertionError: the program does what no kernel may; a note says in which instruction.
+    array}, all the global memory there is. AssertionError: the program does what no kernel may; a note says in which
+    instruction.
     """
-    program = Program(kernel, parameters, memory, shared_bytes, program_id, num_programs)
+    program = Program(kernel, parameters, memory, program_id, num_programs)
     with np.errstate(all="ignore"):
         while program.position < len(kernel.instructions):
             statement, *instruction = kernel.instructions[program.position]
@@ -485,7 +487,7 @@ class Registers(dict):
 
 
 class Program:
-    def __init__(self, kernel, parameters, memory, shared_bytes, program_id, num_programs):
+    def __init__(self, kernel, parameters, memory, program_id, num_programs):
         num_threads = kernel.num_threads
         self.labels, self.position, self.end = kernel.labels, 0, len(kernel.instructions)
         self.threads, self.everyone = np.arange(num_threads), np.ones(num_threads, bool)
@@ -496,7 +498,7 @@ class Program:
         special = dict.fromkeys(("%tid.y", "%tid.z", "%ctaid.y", "%ctaid.z"), 0)
         special |= {"%ctaid.x": program_id, "%nctaid.x": num_programs}
         self.registers |= {name: constant(number, num_threads) for name, number in special.items()}
-        shared = np.full(kernel.shared_bytes + shared_bytes, 0xFF, np.uint8)
+        shared = np.full(kernel.shared_bytes, 0xFF, np.uint8)
         private = np.full(num_threads * kernel.private_bytes, 0xFF, np.uint8)
         spaces = {"shared": {SHARED: shared}, "local": {PRIVATE: private}, "global": memory}
         self.memory = {

@@ -200,7 +200,7 @@ def shared_plan(scores_dtype, dtype, num_expert_sqrt, k, tokens, tile_k, tile_n,
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
-    return [parse(ptx) for ptx in compiled_by(__file__, tmp_path_factory.mktemp("cache"))]
+    return [parse(*binary) for binary in compiled_by(__file__, tmp_path_factory.mktemp("cache"))]
 
 
 RAW = [i for i, case in enumerate(PTX_CASES) if len(case) == 7]
@@ -282,4 +282,5 @@ def test_fp32_gradients_of_other_logits(num_expert_sqrt, k, dtype, device):
 
 
 if __name__ == "__main__":
-    print(json.dumps([compile_plan(shared_plan(*case), 80).asm["ptx"] for case in PTX_CASES]))
+    binaries = [compile_plan(shared_plan(*case), 80) for case in PTX_CASES]
+    print(json.dumps([(binary.asm["ptx"], binary.metadata.shared) for binary in binaries]))

@@ -148,11 +148,14 @@ def compile_case(position):
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    """For every case what `compile_case` returns, parsed."""
-    return [(parse(ptx), *rest) for ptx, *rest in compiled_by(__file__, tmp_path_factory.mktemp("cache"))]
+    """The kernel of every case, and how many tokens a program of it has."""
+    return [
+        (parse(ptx, launch_bytes), tokens)
+        for ptx, launch_bytes, tokens in compiled_by(__file__, tmp_path_factory.mktemp("cache"))
+    ]
 
 
-def run_kernel(kernel, shared_bytes, tokens_per_program, x, y, case):
+def run_kernel(kernel, tokens_per_program, x, y, case):
     """Scores and indices of all tokens, and what is saved of them if they are normalized."""
     k = case.k
     scores, indices = torch.full((len(x), k), NAN, dtype=x.dtype), torch.full((len(x), k), -1, dtype=torch.int32)
@@ -167,7 +170,7 @@ def run_kernel(kernel, shared_bytes, tokens_per_program, x, y, case):
     strides = [*x.stride(), *y.stride()] if x.stride(1) > 1 else [x.stride(0), y.stride(0)]
     num_programs = triton.cdiv(len(x), tokens_per_program)
     for program_id in range(num_programs):
-        run_program(kernel, [*tensors, *strides, len(x)], memory, shared_bytes, program_id, num_programs)
+        run_program(kernel, [*tensors, *strides, len(x)], memory, program_id, num_programs)
     return scores, indices, saved
 
 
@@ -204,10 +207,10 @@ def logits_of(case, tokens_per_program):
 
 @pytest.mark.parametrize("position", range(len(CASES)), ids=map(str, CASES))
 def test_every_kind_of_token(position, kernels):
-    case, (kernel, shared_bytes, tokens_per_program) = CASES[position], kernels[position]
+    case, (kernel, tokens_per_program) = CASES[position], kernels[position]
     x, y = logits_of(case, tokens_per_program)
     assert len(x) % tokens_per_program != 0, "these tokens do not test a program that is not full"
-    scores, indices, saved = run_kernel(kernel, shared_bytes, tokens_per_program, x, y, case)
+    scores, indices, saved = run_kernel(kernel, tokens_per_program, x, y, case)
     want, experts = factored_router(x, y, case.k)
     assert_same_bits([indices], [experts])
     if case.normalize is None:
