@@ -79,29 +79,46 @@ class Pairs:
 
 
 class Scores:
-    """Normalized scores by kernels, in eager mode; `trace(x, y, indices, scores_dtype, normalize)` gives the same of
-    chosen experts in operators, for those who want more derivatives than one.
+    """Normalized scores by kernels, (x, y, k, scores_dtype, normalize) -> (scores, indices) of the k best experts or of
+    those chosen before.
 
-    kernels: the module factored, and the backward kernel. Calls take checked, plain arguments that `take` takes.
+    name: of the operators that stand for the kernels in compiled code. kernels: the module factored. Where they take no
+    such size, and for those who transform or want more derivatives than one, router selects and
+    `in_pytorch(x, y, indices, scores_dtype, normalize)` gives the scores. Calls take checked arguments, and what
+    `is_plain` says.
     """
 
-    def __init__(self, kernels, backward_kernel, trace):
-        self.kernels, self.backward_kernel, self.trace = kernels, backward_kernel, trace
+    def __init__(self, name, router, kernels, in_pytorch):
+        self.router, self.kernels, self.in_pytorch = router, kernels, in_pytorch
+        self.operator, self.backward_operator = _register_scores(name, self)
+
+    def __call__(self, x, y, k, scores_dtype, normalize, plain, experts=None):
+        if plain and len(x) and self.take(x, k):
+            if (x.requires_grad or y.requires_grad) and torch.is_grad_enabled():
+                return _apply_scores(x, y, experts, k, scores_dtype, normalize, self, self.run)[:2]
+            return self.run(x, y, experts, k, scores_dtype, normalize, False)[:2]
+        if is_compiling():
+            return self.operator(_of_this_level(x), y, experts, k, scores_dtype, normalize, False)[:2]
+        return self.compose(x, y, experts, k, scores_dtype, normalize, plain)
 
     def take(self, x, k):
         return has_kernels(x) and self.kernels.normalizes(x, k)
 
-    def __call__(self, x, y, k, scores_dtype, normalize, indices=None):
-        """Scores and indices of the k best experts, or of those chosen before."""
-        if (x.requires_grad or y.requires_grad) and torch.is_grad_enabled():
-            return _apply_scores(x, y, k, scores_dtype, normalize, indices, self)
-        saved = None if indices is None else self.kernels.room_to_save(x, k, normalize)
-        return self.run(x, y, k, scores_dtype, normalize, indices, saved)
+    def compose(self, x, y, experts, k, scores_dtype, normalize, plain):
+        """Scores and indices in operators that have all derivatives."""
+        if experts is None:
+            _, experts = self.router(x.detach(), y.detach(), k, x.dtype, plain)
+        return self.in_pytorch(x, y, experts, scores_dtype, normalize), experts
 
-    def run(self, x, y, k, scores_dtype, normalize, indices, saved):
-        if indices is None:
-            return self.kernels.factored_forward(x, y, k, scores_dtype, None, normalize, saved)
-        return self.kernels.replay_pairs(x, y, indices, scores_dtype, normalize, saved), indices
+    def run(self, x, y, experts, k, scores_dtype, normalize, save):
+        """Scores, indices (None of chosen experts), and if they are wanted the numbers that the gradient needs."""
+        saved = self.kernels.room_to_save(x, k, normalize) if save or experts is not None else None
+        if experts is not None:
+            return self.kernels.replay_pairs(x, y, experts, scores_dtype, normalize, saved), None, saved
+        return *self.kernels.factored_forward(x, y, k, scores_dtype, None, normalize, saved), saved
+
+    def sum_up(self, grad_scores, indices, x, y, saved, normalize):
+        return self.router.backward_kernel(grad_scores, indices, x.shape[1], x.dtype, None, normalize, (x, y), saved)
 
 
 def _of_this_level(x):
@@ -209,37 +226,40 @@ class _EagerRoute(torch.autograd.Function):
 def _is_transformed(grad, indices):
     """Whether kernels may not take a gradient: with create_graph it has a gradient itself, with is_grads_batched it is
     an older kind of batched tensor."""
-    return torch.is_grad_enabled() or not is_plain(grad, indices) or _C._functorch.is_legacy_batchedtensor(grad)
+    return torch.is_grad_enabled() or not is_plain(grad, indices) or _is_batched(grad)
 
 
-class _EagerScores(torch.autograd.Function):
-    """A call in eager mode that normalizes."""
+_is_batched = _C._functorch.is_legacy_batchedtensor
+
+
+class _Scores(torch.autograd.Function):
+    """A call that normalizes, in eager mode or compiled: run, and what it gives, are as `Scores.run`."""
 
     @staticmethod
-    def forward(ctx, x, y, k, scores_dtype, normalize, indices, kernels):
-        saved = kernels.kernels.room_to_save(x, k, normalize)
-        scores, indices = kernels.run(x, y, k, scores_dtype, normalize, indices, saved)
-        ctx.save_for_backward(x, y, indices, saved)
-        ctx.mark_non_differentiable(indices)
+    def forward(ctx, x, y, experts, k, scores_dtype, normalize, kernels, run):
+        scores, indices, saved = run(x, y, experts, k, scores_dtype, normalize, True)
+        ctx.save_for_backward(x, y, indices if experts is None else experts, saved)
+        ctx.mark_non_differentiable(*(part for part in (indices, saved) if part is not None))
         ctx.set_materialize_grads(False)
         ctx.rest = scores_dtype, normalize, kernels
-        return scores, indices
+        return scores, indices, saved
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx, grad, *_):
         if grad is None:
-            return (None,) * 7
+            return (None,) * 8
         x, y, indices, saved = ctx.saved_tensors
         scores_dtype, normalize, kernels = ctx.rest
-        if _is_transformed(grad, indices):
+        if torch.is_grad_enabled() or _C._are_functorch_transforms_active() or _is_batched(grad):
             wanted = [factor for factor in (x, y) if factor.requires_grad]
             with torch.enable_grad():
-                scores = kernels.trace(x, y, indices, scores_dtype, normalize)
+                scores = kernels.in_pytorch(x, y, indices, scores_dtype, normalize)
             found = iter(torch.autograd.grad(scores, wanted, grad, create_graph=torch.is_grad_enabled()))
             grads = [next(found) if factor.requires_grad else None for factor in (x, y)]
         else:
-            grads = kernels.backward_kernel(grad, indices, x.shape[1], x.dtype, None, normalize, (x, y), saved)
-        return *grads, None, None, None, None, None
+            sum_up = kernels.sum_up if is_plain(grad, indices) else kernels.backward_operator
+            grads = sum_up(grad, indices, x, y, saved, normalize)
+        return *grads, *(None,) * 6
 
 
 class _Route(torch.autograd.Function):
@@ -327,7 +347,7 @@ def _sums_of_pairs(x, y, experts, num_expert_sqrt, dtype):
 # Function.apply would look up and unwrap things that nobody has here, for half the time of a call, and would not take
 # an operator of one level of torch.func's transforms.
 _apply_eagerly = super(torch.autograd.Function, _EagerRoute).apply
-_apply_scores = super(torch.autograd.Function, _EagerScores).apply
+_apply_scores = super(torch.autograd.Function, _Scores).apply
 
 
 # The operators -------------------------------------------------------------------------------------------------------
@@ -384,6 +404,60 @@ def _register_pairs(name, router):
     return operator
 
 
+def _register_scores(name, kernels):
+    """The operators of normalized scores and of their gradient. Transforms, tangents and sizes without a kernel get
+    PyTorch's operators instead."""
+
+    def fake(x, y, experts, k, scores_dtype, normalize, save):
+        scores, indices = _empty_result(x, y, k, scores_dtype)
+        saved = kernels.kernels.room_to_save(x, k, normalize) if save else x.new_empty(0, dtype=torch.float32)
+        return scores, indices if experts is None else indices.new_empty(0), saved
+
+    def run(x, y, experts, k, scores_dtype, normalize, save):
+        if x.shape[0] and kernels.take(x, k):
+            *results, saved = kernels.run(x, y, experts, k, scores_dtype, normalize, save)
+            results.append(saved if save else None)
+        else:
+            scores, indices = kernels.compose(x, y, experts, k, scores_dtype, normalize, True)
+            results = scores, indices if experts is None else None, None
+        empty = fake(x[:0], y, experts, k, scores_dtype, normalize, save)
+        return tuple(other if part is None else part for part, other in zip(results, empty, strict=True))
+
+    def fake_gradients(_, __, x, y, *rest):
+        return x.new_empty(x.shape), y.new_empty(y.shape)
+
+    def sum_up(grad_scores, indices, x, y, saved, normalize):
+        sum_up = kernels.sum_up if x.shape[0] else fake_gradients
+        return sum_up(grad_scores, indices, x, y, saved, normalize)
+
+    def differentiate(keys, x, y, experts, k, scores_dtype, normalize, save):
+        if _C._are_functorch_transforms_active() or _tangents_come(x, y) or not kernels.take(x, k):
+            scores, indices = kernels.compose(x, y, experts, k, scores_dtype, normalize, False)
+            return scores, indices if experts is None else indices.new_empty(0), x.new_empty(0, dtype=torch.float32)
+
+        def run_below(*args):
+            with _C._AutoDispatchBelowAutograd():
+                return operator.redispatch(keys & _C._after_autograd_keyset, *args)
+
+        if (x.requires_grad or y.requires_grad) and torch.is_grad_enabled():
+            return _apply_scores(x, y, experts, k, scores_dtype, normalize, kernels, run_below)
+        return run_below(x, y, experts, k, scores_dtype, normalize, save)
+
+    def batch(info, in_dims, x, y, experts, *rest):
+        tensors, shape = _fold_into_tokens(info, in_dims, x, y, experts)
+        scores, indices, saved = operator(*tensors, *rest)
+        if experts is None:
+            return (scores.unflatten(0, shape), indices.unflatten(0, shape), saved), (0, 0, None)
+        return (scores.unflatten(0, shape), indices, saved), (0, None, None)
+
+    chosen = "Tensor x, Tensor y, Tensor? experts, SymInt k, ScalarType scores_dtype, str normalize, bool save"
+    grads = "Tensor grad_scores, Tensor indices, Tensor x, Tensor y, Tensor saved, str normalize"
+    operator = define(name, f"({chosen}) -> (Tensor, Tensor, Tensor)", run, fake)
+    _LIBRARY.impl(name, differentiate, "Autograd", with_keyset=True)
+    torch.library.register_vmap(operator, batch, lib=_LIBRARY)
+    return operator, define(f"{name}_backward", f"({grads}) -> (Tensor, Tensor)", sum_up, fake_gradients)
+
+
 def _differentiate(name, operator, function, router, trace):
     """Gives an operator the derivatives of an autograd function. A graph into which no tangents will come gets, below
     them, what `trace` leaves there."""
@@ -425,6 +499,13 @@ def _fold_into_tokens(info, in_dims, *tensors):
 def _is_traced():
     """Whether a graph is traced into which no tangents will come."""
     return _C._get_dispatch_mode(_C._TorchDispatchModeKey.PROXY) is not None and forward_ad._current_level < 0
+
+
+def _tangents_come(*tensors):
+    """Whether tensors have tangents or may have some later. (A level that a graph opens has no number here.)"""
+    return forward_ad._current_level >= 0 or any(
+        torch._VF._unpack_dual(tensor, level=0).tangent is not None for tensor in tensors
+    )
 
 
 def define(name, schema, run, fake):

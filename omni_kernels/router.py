@@ -165,7 +165,7 @@ def route_distributed(x, y, k, scores_dtype, normalize, check_all, facts, shard_
 def replay(router_logits_x, router_logits_y, indices, scores_dtype=None, normalize=None):
     """The scores of experts chosen before: bit for bit what `omni_router` gives with indices that it chose from these
     logits, and the same gradients. For recomputation, reinforcement learning, frozen routing. (Normalized by kernels,
-    scores are rounded as for as many experts of as many tokens in the same layout, in eager mode. What compilers and
+    scores are rounded as for as many experts of as many tokens in the same layout, in eager mode and compiled. What
     transforms take apart is normalized by PyTorch's operators, within the same accuracy.)
 
     Formulas, accuracy, masks, NaN and +inf, derivatives, compilers and transforms are as for `omni_router`. Any other
@@ -216,10 +216,10 @@ def replay(router_logits_x, router_logits_y, indices, scores_dtype=None, normali
         check_values("indices", indices, 0, x.shape[-1] ** 2 - 1, "num_expert_sqrt² - 1 = ")
     experts, scores_dtype = as_matrix(indices).int().contiguous(), scores_dtype or x.dtype
     x, y, k = as_matrix(x), as_matrix(y), experts.shape[1]
-    if normalize is not None and plain and is_plain(indices, indices) and _NORMALIZED.take(x, k):
-        scores, _ = _NORMALIZED(x, y, k, scores_dtype, normalize, experts)
+    if normalize is None:
+        scores = _scores(x, y, experts, scores_dtype, None)
     else:
-        scores = _scores(x, y, experts, scores_dtype, normalize)
+        scores, _ = _NORMALIZED(x, y, k, scores_dtype, normalize, plain and is_plain(experts, experts), experts)
     return scores.reshape(indices.shape)
 
 
@@ -235,11 +235,8 @@ def _route(x, y, k, scores_dtype, normalize):
     x, y = as_matrix(x), as_matrix(y)
     if normalize is None:
         scores, indices = _OMNI_ROUTER(x, y, k, scores_dtype, plain)
-    elif plain and _NORMALIZED.take(x, k):
-        scores, indices = _NORMALIZED(x, y, k, scores_dtype, normalize)
     else:
-        _, indices = _OMNI_ROUTER(x.detach(), y.detach(), k, x.dtype, plain)
-        scores = _scores(x, y, indices, scores_dtype, normalize)
+        scores, indices = _NORMALIZED(x, y, k, scores_dtype, normalize, plain)
     return (scores, indices) if len(shape) == 2 else (scores.reshape(shape), indices.reshape(shape))
 
 
@@ -322,7 +319,7 @@ def _forward_optimized(x, y, k, *_):
 
 _OMNI_ROUTER = Router("omni_router", factored.factored_forward, backward.backward)
 _PAIRS = Pairs("omni_router_pairs", _OMNI_ROUTER)
-_NORMALIZED = Scores(factored, backward.backward, _scores)
+_NORMALIZED = Scores("omni_router_normalized", _OMNI_ROUTER, factored, _scores)
 _TRACED = _OMNI_ROUTER.operator
 _ORIGINAL = Router("triton_omni_router_func", _forward_original, _backward_original)
 _OPTIMIZED = Router("triton_omni_router_func_optimized", _forward_optimized, backward.backward)

@@ -35,7 +35,7 @@ BACKENDS = ["aot_eager", "inductor"] if ON_GPU else ["aot_eager"]  # without a G
 COMPILED = pytest.mark.parametrize("backend", BACKENDS)
 NEEDS_GPU = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 OPERATORS = torch.ops.omni_kernels
-ROUTE = OPERATORS.omni_router.default
+ROUTE, NORMALIZED = OPERATORS.omni_router.default, OPERATORS.omni_router_normalized.default
 
 
 def logits(num_tokens, num_expert_sqrt, device, dtype=FP32, seed=0):
@@ -122,8 +122,20 @@ def test_opcheck(num_tokens, k, dtype, scores_dtype, device):
     )
 
 
+@pytest.mark.parametrize(("num_tokens", "normalize"), [(5, "softmax"), (0, "softmax"), (5, "topk")])
+def test_opcheck_of_normalized_scores(num_tokens, normalize, device):
+    x, y = logits(num_tokens, 4, device, BF16)
+    _, chosen = route(x, y)
+    for experts in (None, chosen):
+        torch.library.opcheck(NORMALIZED, (x, y, experts, 3, FP32, normalize, False))
+        opcheck_kernel(NORMALIZED, x, y, experts, 3, FP32, normalize, True)
+    scores, indices, saved = NORMALIZED(x.detach(), y.detach(), None, 3, FP32, normalize, True)
+    backward = OPERATORS.omni_router_normalized_backward.default
+    opcheck_kernel(backward, torch.ones_like(scores), indices, x, y, saved, normalize)
+
+
 def opcheck_kernel(operator, *args):
-    torch.library.opcheck(operator, [arg.detach() for arg in args])
+    torch.library.opcheck(operator, [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args])
 
 
 def test_kernel_operators_write_to_any_matrices(device):
@@ -313,7 +325,8 @@ def test_exports(route, normalize, strict, device):
     tokens = torch.export.Dim("tokens", min=2)
     example = tuple(part.detach() for part in logits(6, 4, device))
     program = torch.export.export(Layer(), example, dynamic_shapes=({0: tokens}, {0: tokens}), strict=strict)
-    assert [node.target for node in program.graph.nodes].count(ROUTE) == 1
+    routers = [node for node in program.graph.nodes if node.target in (ROUTE, NORMALIZED)]
+    assert len(routers) == 1
     for num_tokens in (2, 9):
         x, y = (part.detach() for part in logits(num_tokens, 4, device))
         assert_alike(program.module()(x, y), route(x, y), normalize)

@@ -55,8 +55,8 @@ def _kernel_for(x, k):
 
 
 def normalizes(x, k):
-    """Whether a kernel normalizes the scores of k experts of these tokens, (num_tokens, N), chosen by it or before."""
-    return len(x) > 0 and _kernel_for(x, k) is not None
+    """Whether a kernel normalizes the scores of k experts of such tokens, (num_tokens, N), chosen by it or before."""
+    return _kernel_for(x, k) is not None
 
 
 def factored_forward(
@@ -111,7 +111,7 @@ def replay_pairs(x, y, indices, scores_dtype, normalize, saved):
 
 def room_to_save(x, k, normalize):
     """Memory for what a selection saves for its gradient (plan.py)."""
-    return x.new_empty(len(x) * saved_numbers(normalize, k), dtype=torch.float32)
+    return x.new_empty(x.shape[0] * saved_numbers(normalize, k), dtype=torch.float32)
 
 
 def _first_call(problem, x, y, k, scores_dtype, normalize, saved):
