@@ -14,7 +14,7 @@ calls_report, first_calls, reports, rivals, tables = (
     importlib.import_module(f"study.{name}") for name in ("calls_report", "first_calls", "reports", "rivals", "tables")
 )
 
-# Prints what a call does; a rival named "broken" fails.
+# Prints what a call does; a rival named "broken" fails, and one named "full" has a full disk.
 STAND_IN = """
 import json, os, pathlib, sys
 cache = pathlib.Path(os.environ["TRITON_CACHE_DIR"])
@@ -23,6 +23,9 @@ cache.mkdir(exist_ok=True)
 assert input() == ("cold" if cold else "warm")
 if sys.argv[1] == "broken":
     raise SystemExit("in vain\\nout of luck")
+if sys.argv[1] == "full":
+    print("No space left on device", file=sys.stderr)
+    sys.exit(os.EX_IOERR)
 print("Triton says something")
 times = {"first_s": 7.25, "other_s": 0.21} if cold else {"first_s": 0.5, "later_s": 0.0021}
 print(json.dumps(times | {"other_tokens": 16, "binary": "b"}))
@@ -62,6 +65,13 @@ def test_a_call_that_is_new_is_measured_alone(stand_in, monkeypatch):
     first_calls.measure(again=False)
     monkeypatch.setattr(first_calls, "CALLS", [*first_calls.CALLS, ("quick", CASE._replace(k=8))])
     assert first_calls.measure(again=False) == "1 measured now, 2 before"
+
+
+def test_a_full_disk_is_no_result(stand_in, monkeypatch):
+    monkeypatch.setattr(first_calls, "CALLS", [("quick", CASE), ("full", CASE), ("quick", CASE)])
+    with pytest.raises(OSError, match="No space left on device"):
+        first_calls.measure(again=False)
+    assert tables.read("first_calls").rival.tolist() == ["quick"]
 
 
 def test_the_table(stand_in):

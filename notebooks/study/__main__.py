@@ -137,7 +137,7 @@ def main():
     except KeyboardInterrupt:
         sys.exit("\nStopped; what was measured before is kept.")
     except (OSError, RuntimeError) as error:
-        sys.exit(f"Stopped; what was recorded before is as it was. {error}")
+        sys.exit(f"Stopped; what was recorded is kept. {error}")
 
 
 if __name__ == "__main__":

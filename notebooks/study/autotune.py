@@ -130,7 +130,7 @@ def run_jobs(jobs, minutes, keep, known=frozenset()):
         except torch.AcceleratorError:
             raise  # the GPU is lost to this process: nothing after it would be a measurement
         except Exception as error:
-            faults.raise_if_machine(error)
+            faults.raise_if_machine(error)  # anything else is the configuration's own, and its row says so
             row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         keep(row)
         left -= 1

@@ -16,9 +16,11 @@ from .binaries import binary_of
 
 CASE = speed.MAIN._replace(num_tokens=1024)
 ROUNDS = 15  # all calls in turn in each
+
 ADD, TOPK, TIMES_ONE, COMPILED_ADD = "x + y", f"x.topk({CASE.k})", "x * 1", "x + y, compiled"
 OMNI, FACTORED, PUBLIC, COMPILED = rivals.OMNI, rivals.FACTORED, rivals.PUBLIC, "omni_router, compiled"
 PLAIN, WITH_GRADIENT, BACKWARD, BOTH = "no gradient", "with gradient", "backward alone", "forward + backward"
+
 # Which time of omni_router is compared with which of PyTorch's.
 RATIOS = {
     f"{OMNI}, {PLAIN}": TOPK,

@@ -55,6 +55,9 @@ def draw_calls(rows):
     return pictures.finish(figure)
 
 
+# --- first calls ---
+
+
 def first_calls_table(rows):
     """First calls of one GPU with an empty and with a warm cache on disk, and what another token count costs after the
     first of them: at once, and when what the first has left to the background is compiled."""

@@ -22,6 +22,7 @@ from .files import ctrl_c_ignored
 
 TARGETS = {f"cuda:sm{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)}
 TARGETS["hip:gfx942"] = GPUTarget("hip", "gfx942", 64)
+
 # What a multiprocessor holds at once: programs, warps, shared memory in KiB. The vendors' tables say so.
 LIMITS = {
     "cuda:sm80": (32, 64, 164),
@@ -32,6 +33,7 @@ LIMITS = {
     "cuda:sm120": (24, 48, 100),
     "hip:gfx942": (32, 32, 64),
 }
+
 COMPILE_LIMIT = 120  # seconds one configuration may take to compile
 
 
@@ -62,7 +64,7 @@ def compile_one(problem, config, target):
         kernel, args, constants, _ = launch(problem, config, "meta", arch)
         compiled = kernel.warmup(*args, grid=(1,), **constants)
     except Exception as error:
-        faults.raise_if_machine(error)
+        faults.raise_if_machine(error)  # anything else is the configuration's own, and belongs in its row
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     return resources(compiled)
 

@@ -22,6 +22,7 @@ N2_KERNELS = ("fwd", "fwd_split", "bwd")
 NAMES = {"fwd": "forward", "fwd_split": "split forward", "bwd": "backward", "tile": "factored, tiles",
          "lanes": "factored, lanes", "frontier": "factored, frontier"}  # fmt: skip
 FIELDS = {"TILE_M": "tokens", "TOKENS": "tokens", "CHUNK": "chunk", "LANES": "lanes", "PIECE": "piece"}  # of a plan
+
 # The guide's shapes, and other token counts at one of them. The forward kernel holds all N² sums, so it ends at 128.
 PROBLEMS = [
     *(Problem("fwd", 1024, n, 16) for n in (64, 128)),
@@ -36,6 +37,7 @@ COMPILED_PROBLEMS = [
     *(Problem(kernel, 1024, 256, 16) for kernel in ("fwd_split", "bwd", "tile", "lanes")),
     Problem("frontier", 1024, 256, 64),
 ]
+
 FAST_DOUBLES = {f"cuda:sm{major}{minor}" for major, minor in configs.DOUBLES}
 
 

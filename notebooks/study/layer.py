@@ -32,9 +32,13 @@ TOP_P = 0.5
 IDENTITY = ["rival", *CASE, "binary", "error"]
 SAMPLE = 1024  # tokens whose gradients are compared
 CLOSE = 1e-5  # of what is compared, besides a rounding of its dtype
+
 ACCURACY_CASES = [Case(4096, num_expert_sqrt, 16, "fp32") for num_expert_sqrt in (256, 1024)]
 SCALES = (0.1, 1.0, 4.0, 16.0, 64.0)  # standard deviations of the logits
 PROMISED = {"probability_error": 2e-6, "log_error": 1e-6}  # of its value; of max(1, its size)
+
+
+# --- what is right ---
 
 
 def exact_logs(x, y, indices):
@@ -76,6 +80,9 @@ def check_gradients(got, x, y, indices):
         close = torch.finfo(grad.dtype).eps * right.abs() + CLOSE * right.abs().amax(1, keepdim=True)
         if not ((grad[:SAMPLE] - right).abs() <= close).all():
             raise ValueError("gradients differ")
+
+
+# --- times ---
 
 
 def routes_of(k):
@@ -204,6 +211,9 @@ def _checked_and_timed(name, call, tensors, want):
 
 def _check_step(step, route, x, y):
     check_gradients(step(), x, y, route(x, y)[1])
+
+
+# --- accuracy ---
 
 
 def errors_of(case, scale):

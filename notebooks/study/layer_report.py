@@ -98,6 +98,8 @@ def adaptive_table(rows):
     return reports.markdown(["rule", "its number", "experts a token, mean", "loss, nats a byte"], lines)
 
 
+# --- pictures ---
+
 STACKS = {
     "before": [GATES, LOG_SOFTMAX, LATER_ROUTER, EXP],
     "before,\ncompiled": [GATES, COMPILED],

@@ -49,6 +49,7 @@ class Sizes(NamedTuple):
 MESSAGES = 8, 1 << 12, 1 << 16, 1 << 20, 1 << 24, 1 << 28
 FULL = Sizes(131072, (256,), (4096, 256), 16, 1024, 65536, MESSAGES, rounds=15, calls=10)
 SMALL = Sizes(64, (32,), (64, 16), 2, 8, 64, (8, 4096), rounds=2, calls=1)
+
 # (case, N, whose time, over whose time, reach, stretch): larger is better of all but factors.
 TARGETS = [
     (TOKENS, 256, ONE + KERNEL, ALL + KERNEL, 1.9, 1.98),
@@ -259,6 +260,9 @@ def _rows(case, times, sizes, n, check):
          "check": check}
         for name, us in times.items()
     ]  # fmt: skip
+
+
+# --- what a notebook runs ---
 
 
 def together(function, *args):

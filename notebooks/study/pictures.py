@@ -7,6 +7,7 @@ from .files import FIGURES, replacing, say_where
 
 BLUE, ORANGE, GREEN, RED = (sns.color_palette("colorblind")[i] for i in (0, 1, 2, 3))
 SCORES = sns.light_palette(BLUE, as_cmap=True)
+
 sns.set_theme(style="whitegrid", palette="colorblind", font_scale=0.95)
 plt.rcParams.update({"figure.dpi": 100, "savefig.dpi": 150, "axes.titleweight": "bold", "axes.titlelocation": "left"})
 

@@ -84,12 +84,14 @@ def lanes_rung(**changes):
 ALL_SUMS, FACTORED, COMPILED = "PyTorch, all N² sums", "PyTorch, factored", "PyTorch, factored, compiled"
 QUACK, ORIGINAL, OPTIMIZED, OMNI = "QuACK top-k, compiled", "original kernels", "optimized kernels", "omni_router"
 FRONTIER, PUBLIC = "frontier kernel", "omni-moe kernels"
+
 # What the later rungs change, the last one first.
 KEPT = {"priority": "evict_normal"}
 COMPARED = KEPT | {"add_minima": False}
 STRAIGHT = COMPARED | {"looped": False}
 ONE_WARP = STRAIGHT | {"num_warps": 1}
 LONG_PAIRS = ONE_WARP | {"short_pairs": False}
+
 # In the order of the ladder; the last is none of its rungs. A rung says what is new in it.
 RIVALS = {
     ALL_SUMS: Rival(pytorch_all_sums, "all N² sums", "Writes every sum to memory, then reads them to select."),

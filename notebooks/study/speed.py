@@ -45,6 +45,9 @@ WARM_UP_TO = 16384  # tokens whose logits stay in the cache, as behind the layer
 QUANTILES = {"us": 0.5, "us_10": 0.1, "us_90": 0.9}
 SECONDS = 2  # that a case takes, as a rule, once everything is compiled
 WORKERS, PARTS = 14, 4  # processes that compile, and those of them that share the configurations of a tuned kernel
+
+# --- what is measured ---
+
 MAIN = Case(65536, 256, 16, "bf16")
 FP32 = MAIN._replace(dtype="fp32")
 TARGETS = {
@@ -82,7 +85,9 @@ TIMED = {
     }),
     "guide": [(Case(1024, size, k, "bf16"), [ORIGINAL, OPTIMIZED, OMNI]) for size in (64, 128, 256) for k in (16, 32)],
 }  # fmt: skip
+
 MEMORY = [(Case(1024, 1 << power, 16, "bf16"), [ALL_SUMS, FACTORED, OMNI]) for power in range(4, 13)]
+
 # How the same logits may lie in memory.
 LAYOUTS = {
     "rows": lambda logits: logits,
@@ -126,6 +131,9 @@ def examined(rival, num_expert_sqrt, k):
     return 2 * num_expert_sqrt + sum(min(best, k // rank) for rank in range(1, best + 1))
 
 
+# --- measuring ---
+
+
 def measure(again="OMNI_AGAIN" in os.environ):
     """Measure the cases that are not on record for this GPU, these versions and what is compiled here; with `again` all
     of them. Of a case that lacks a row all rivals are measured, so that one host has timed their calls.
@@ -134,6 +142,9 @@ def measure(again="OMNI_AGAIN" in os.environ):
 
     Returns:
         {table: what was done about it}.
+
+    Raises:
+        OSError: a fault of the machine, such as a full disk, which is no result.
     """
     if not torch.cuda.is_available():
         return dict.fromkeys(TABLES, "not measured: no GPU here")

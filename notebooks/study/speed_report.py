@@ -116,6 +116,8 @@ def losses():
     return list(dict.fromkeys(found))
 
 
+# --- pictures ---
+
 COLORS = {"all N² sums": RED, "compositions": ORANGE, "factored kernels": BLUE, "omni_router": GREEN}
 
 

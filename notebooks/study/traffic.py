@@ -14,6 +14,7 @@ from . import many_gpus, reports
 
 RANKS_OF_HOST = 8
 NETWORK_GBS = 50.0  # 400 Gb/s for each GPU, between hosts: assumed, as one host cannot measure it
+
 # Collectives, one after the other. The first is always what ranks tell each other.
 EXCHANGING, GATHERING = 2, 3  # keys; x and y
 SPREADING = 6  # experts, hidden vectors, scores; and in combine refusals again, sums
@@ -35,6 +36,9 @@ class Link(NamedTuple):
 
 
 EXAMPLE = Link(20.0, 300.0, "An example, not measured")
+
+
+# --- bytes ---
 
 
 def pays(num_expert_sqrt, k, num_ranks):
@@ -66,6 +70,9 @@ def visited(k, num_ranks):
 def spread(k, num_ranks, hidden, size=2):
     """Bytes of `dispatch` and `combine`: a hidden vector for each rank visited, and one of fp32 back."""
     return visited(k, num_ranks) * hidden * (size + 4)
+
+
+# --- on paper ---
 
 
 def link_of(rows):

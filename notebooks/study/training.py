@@ -54,6 +54,9 @@ def _measure_missing(table, measure, probe):
         measure(binary)
 
 
+# --- the backward kernels ---
+
+
 def backward_problem(case, device, seed=0):
     """The experts a router selects from normal logits, and gradients of mixed size, so that order shows in the bits."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -116,6 +119,9 @@ def launch_backwards(cases=BACKWARD_CASES, device="cuda"):
             attempt(function, grad, indices, case.num_expert_sqrt)
 
 
+# --- run after run ---
+
+
 def spread_of_runs(name, num_runs=30, case=REPEATED, device="cuda"):
     """How far the gradient of x moves between runs on the same input: largest minus smallest, (num_tokens, N)."""
     grad, indices = backward_problem(case, device)
@@ -144,6 +150,9 @@ def measure_repeats(binary, names=(SCATTER, ATOMICS, OURS), device="cuda", windo
 def launch_repeated():
     """Launches what `measure_repeats` measures."""
     launch_backwards([REPEATED])
+
+
+# --- which dtype to route in ---
 
 
 def precision_problem(case, device, width=64):
@@ -189,6 +198,9 @@ def launch_precision():
     """Launches what `measure_precision` measures."""
     for case in PRECISION_CASES:
         compare_dtypes(case, "cuda")
+
+
+# --- training ---
 
 
 def record_training(binary, runs, table="training"):

@@ -38,6 +38,9 @@ def show(name, draw, table, *keys):
     save_figure(draw(rows), name) if len(rows) else print(NO_RESULTS)
 
 
+# --- the backward kernels ---
+
+
 def backward_table(rows):
     """Every case: the floor, the times, and ours as a share of the floor's speed."""
     lines = []
@@ -65,6 +68,9 @@ def draw_backward(rows):
     return figure
 
 
+# --- run after run ---
+
+
 def repeats_table(rows):
     lines = [(row.rival, f"{row.numbers:,}", f"{row.moved:,}", f"{row.largest:.2g}") for row in rows.itertuples()]
     return markdown(["backward", "numbers", "moved between runs", "largest movement"], lines)
@@ -84,6 +90,9 @@ def draw_repeats(rows):
         axes.grid(False)
     figure.colorbar(drawn, ax=panels, label="largest − smallest of all runs")
     return figure
+
+
+# --- which dtype to route in ---
 
 
 def precision_table(rows):
@@ -115,6 +124,9 @@ def draw_precision(rows):
     figure.legend(handles, labels, fontsize=8, ncol=4, loc="upper center")
     figure.tight_layout(rect=(0, 0, 1, 0.93))
     return figure
+
+
+# --- training ---
 
 
 def training_table(rows):
