@@ -2,6 +2,7 @@
 
 import ast
 import concurrent.futures
+import contextlib
 import importlib
 import json
 import os
@@ -101,6 +102,20 @@ def test_every_file_is_read_and_written_as_utf_8():
     calls = [ast.unparse(node) for node in nodes if isinstance(node, ast.Call) and opens_text(node)]
     assert len(calls) > 5
     assert [call for call in calls if "encoding='utf-8'" not in call] == []
+
+
+def test_what_a_progress_bar_leaves_is_no_output(tmp_path, monkeypatch):
+    new = nbformat.v4
+    printed, cleared = (new.new_output("stream", text=text) for text in ("found\n", "\r   \r"))
+    data = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "compiling: 0%"}
+    left = [printed, cleared, new.new_output("display_data", data), new.new_output("display_data", {"text/plain": "1"})]
+    nbformat.write(new.new_notebook(cells=[new.new_code_cell("1")]), tmp_path / "source.ipynb")
+    client = notebooks.nbclient.NotebookClient
+    monkeypatch.setattr(client, "setup_kernel", lambda self: contextlib.nullcontext())
+    monkeypatch.setattr(client, "execute_cell", lambda self, cell, index: cell.update(outputs=left))
+    notebooks.execute(tmp_path / "source.ipynb", tmp_path / "executed.ipynb")
+    (cell,) = nbformat.read(tmp_path / "executed.ipynb", as_version=4).cells
+    assert cell.outputs == [left[0], left[3]]
 
 
 # Triton's cache -------------------------------------------------------------------------------------------------------

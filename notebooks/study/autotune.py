@@ -11,7 +11,6 @@ import time
 import pandas as pd
 import torch
 import triton
-from tqdm import tqdm
 
 from omni_kernels import configs
 
@@ -33,6 +32,7 @@ from .configurations import (
     tensors,
     title,
 )
+from .progress import tqdm
 
 COMPILE_SECONDS, TIME_SECONDS = 1.2, 0.03  # what a configuration takes, as a rule: of a core, of the GPU
 HOPELESS = 20  # times slower than the best so far: no median is needed

@@ -12,13 +12,13 @@ import time
 
 import pandas as pd
 import triton
-from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
 from . import faults, tables
 from .binaries import machine_code, short_hash
 from .configurations import COMPILED_PROBLEMS, IDENTITY, KEY, all_jobs, key_of, launch
 from .files import ctrl_c_ignored
+from .progress import tqdm
 
 TARGETS = {f"cuda:sm{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)}
 TARGETS["hip:gfx942"] = GPUTarget("hip", "gfx942", 64)

@@ -12,11 +12,11 @@ import tempfile
 import time
 
 import torch
-from tqdm import tqdm
 
 from . import rivals, speed, tables, timing
 from .binaries import binary_of
 from .files import NOTEBOOKS
+from .progress import tqdm
 
 CALLS = [
     *((rivals.OMNI, case) for case in (speed.MAIN._replace(num_tokens=16), speed.MAIN, speed.MAIN._replace(k=128),

@@ -10,12 +10,12 @@ import os
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from omni_kernels import adaptive_router, omni_router
 
 from . import calls, faults, speed, tables, timing
 from .binaries import binary_of
+from .progress import tqdm
 from .rivals import CASE, DTYPES, Case
 
 MAIN = speed.MAIN

@@ -7,10 +7,10 @@ import sys
 
 import nbclient
 import nbformat
-from tqdm import tqdm
 
 from .faults import check_cache
 from .files import NOTEBOOKS, output_folder, replacing
+from .progress import tqdm
 
 
 def execute(path, destination):
@@ -37,10 +37,17 @@ def execute(path, destination):
         destination = output_folder() / path.name  # never over a committed notebook
         raise
     finally:
-        for cell in code:  # what a progress bar leaves behind is no output
-            cell.outputs = [output for output in cell.outputs if output.get("text", "none").strip()]
+        for cell in code:
+            cell.outputs = [output for output in cell.outputs if not of_progress(output)]
         with replacing(destination) as partial:
             nbformat.write(notebook, partial)
+
+
+def of_progress(output):
+    """Whether an output is what a progress bar leaves behind: a widget, or a line that was cleared."""
+    return (
+        "application/vnd.jupyter.widget-view+json" in output.get("data", ()) or not output.get("text", "none").strip()
+    )
 
 
 def execute_all(paths, folder):

@@ -12,7 +12,6 @@ import time
 
 import torch
 import triton
-from tqdm import tqdm
 from triton.runtime.autotuner import Autotuner
 
 from omni_kernels import brute_force_router, factored_router
@@ -21,6 +20,7 @@ from omni_kernels.configs import get_device
 from . import tables, timing
 from .binaries import binary_of
 from .faults import attempt
+from .progress import tqdm
 from .rivals import (
     ALL_SUMS,
     CASE,
