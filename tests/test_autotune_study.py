@@ -13,14 +13,21 @@ pd = pytest.importorskip("pandas")
 pytest.importorskip("seaborn")
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "notebooks"))
 
-import autotune_study as autotune  # noqa: E402
 import matplotlib.pyplot as plt  # noqa: E402
-import tables  # noqa: E402
+from study import (  # noqa: E402
+    autotune,
+    autotune_pictures,
+    autotune_report,
+    compiling,
+    configurations,
+    pictures,
+    tables,
+)
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-GPU = autotune.RECORDED_GPU
+GPU = autotune_report.RECORDED_GPU
 SETTING = {"gpu": GPU, "torch": "2", "triton": "3", "commit": "c", "date": "2026-01-01"}
-PROBLEMS = [autotune.Problem("fwd", 1024, 64, 16), autotune.Problem("bwd", 1024, 64, 16)]
+PROBLEMS = [configurations.Problem("fwd", 1024, 64, 16), configurations.Problem("bwd", 1024, 64, 16)]
 
 
 @pytest.fixture
@@ -31,14 +38,16 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(tables, "DATA", tmp_path / "data")
     monkeypatch.setattr(tables, "RECORDED", tmp_path / "recorded")
     monkeypatch.setattr(tables, "setting", lambda: state["setting"])
-    monkeypatch.setattr(autotune.study, "FIGURES", tmp_path / "figures")
+    monkeypatch.setattr(pictures, "FIGURES", tmp_path / "figures")
     device = {"arch": "cuda:sm90", "multiprocessors": 132}
     monkeypatch.setattr(autotune, "this_gpu", lambda: (device, GPUTarget("cuda", 90, 32)))
 
     def compile_jobs(jobs, deadline):
         for problem, config, target in reversed(jobs):
-            state["compiled"].append(autotune.key_of(problem, config))
-            words = f"{state['compiler']} {autotune.label(config)[:2]}"  # the same binary for any number of stages
+            state["compiled"].append(configurations.key_of(problem, config))
+            words = (
+                f"{state['compiler']} {configurations.label(config)[:2]}"  # the same binary for any number of stages
+            )
             yield (
                 (problem, config, target),
                 {"error": "CompilationError: no"}
@@ -55,8 +64,8 @@ def gpu(monkeypatch, tmp_path):
         problem, config = run
         if len(state["timed"]) >= state["stop"]:
             raise KeyboardInterrupt
-        state["timed"].append(autotune.key_of(problem, config))
-        spread = zlib.crc32(str((problem.num_expert_sqrt, autotune.label(config)[:2])).encode()) % 1000
+        state["timed"].append(configurations.key_of(problem, config))
+        spread = zlib.crc32(str((problem.num_expert_sqrt, configurations.label(config)[:2])).encode()) % 1000
         return [state["factor"] * (10 + spread / 10 + 0.01 * config.num_stages)] * 3
 
     for name, function in (("compile_jobs", compile_jobs), ("prepare", prepare), ("measure", measure)):
@@ -65,27 +74,29 @@ def gpu(monkeypatch, tmp_path):
 
 
 def test_every_configuration_is_a_job_once():
-    jobs = autotune.all_jobs()
-    keys = [autotune.key_of(*job) for job in jobs]
+    jobs = configurations.all_jobs()
+    keys = [configurations.key_of(*job) for job in jobs]
     assert len(set(keys)) == len(keys)
-    assert keys == [autotune.key_of(*job) for job in autotune.all_jobs()]
-    for problem in autotune.PROBLEMS:
+    assert keys == [configurations.key_of(*job) for job in configurations.all_jobs()]
+    for problem in configurations.PROBLEMS:
         found = {key[4:] for key in keys if key[:4] == problem}
-        if problem.kernel in autotune.N2_KERNELS:
+        if problem.kernel in configurations.N2_KERNELS:
             lists = [autotune.configs.get_configs(name, problem.kernel)
                      for name, lists in autotune.configs.SPACES.items() if problem.kernel in lists]  # fmt: skip
         else:
             lists = [autotune.configs.get_configs("factored", problem.kernel)]
-        assert found == {autotune.label(config) for configs in lists for config in configs}
-    assert {job[0] for job in jobs[: len(autotune.PROBLEMS)]} == set(autotune.PROBLEMS)  # all problems from the start
+        assert found == {configurations.label(config) for configs in lists for config in configs}
+    assert {job[0] for job in jobs[: len(configurations.PROBLEMS)]} == set(
+        configurations.PROBLEMS
+    )  # all problems from the start
 
 
 def test_a_run_records_every_configuration_and_a_second_adds_nothing(gpu, capsys):
     autotune.run_study(problems=PROBLEMS)
     rows = tables.read("autotune")
-    assert autotune.keys_of(rows) == {autotune.key_of(*job) for job in autotune.all_jobs(PROBLEMS)}
+    assert configurations.keys_of(rows) == {configurations.key_of(*job) for job in configurations.all_jobs(PROBLEMS)}
     assert len(rows) == 90 + 147
-    errors = rows.dropna(subset="error").set_index(autotune.KEY)["error"]
+    errors = rows.dropna(subset="error").set_index(configurations.KEY)["error"]
     assert set(errors) == {
         "CompilationError: no",
         "ValueError: does not launch",
@@ -106,13 +117,13 @@ def test_what_was_measured_before_a_stop_is_kept_and_gone_on_from(gpu, capsys):
     assert "Stopped." in capsys.readouterr().out
     first = tables.read("autotune")
     assert first["time_us"].notna().sum() == 7
-    autotune.draw_here()
+    autotune_pictures.draw_here()
     assert "MEASURED_SPACE = {" in capsys.readouterr().out
     gpu["stop"] = math.inf
     autotune.run_study(problems=PROBLEMS)
     whole = tables.read("autotune")
     assert len(whole) == 237
-    assert not whole.duplicated(autotune.KEY).any()
+    assert not whole.duplicated(configurations.KEY).any()
     pd.testing.assert_frame_equal(whole.head(len(first))[list(first)], first, check_dtype=False)
 
 
@@ -128,7 +139,7 @@ def test_another_gpu_or_triton_is_measured_anew_and_not_mixed(gpu, changed):
     gpu["setting"][changed] = "another"
     autotune.run_study(problems=PROBLEMS[:1])
     assert len(tables.read("autotune")) == 2 * 90
-    rows = autotune.recorded_rows("autotune")
+    rows = autotune_report.recorded_rows("autotune")
     assert len(rows) == (2 * 90 if changed == "gpu" else 90)
     assert set(rows[changed]) == ({GPU, "another"} if changed == "gpu" else {"another"})
 
@@ -140,7 +151,7 @@ def test_what_compiles_to_another_binary_is_measured_anew(gpu):
     gpu["compiler"] = "another"
     autotune.run_study(problems=PROBLEMS[:1])
     assert len(tables.read("autotune")) == 2 * 90 - failed
-    rows = autotune.recorded_rows("autotune")
+    rows = autotune_report.recorded_rows("autotune")
     assert len(rows) == 90
     assert rows["binary"].dropna().str.startswith("another").all()
 
@@ -149,7 +160,7 @@ def test_a_short_run_of_another_triton_does_not_replace_the_whole_record(gpu):
     autotune.run_study(problems=PROBLEMS[:1])
     gpu["setting"]["triton"], gpu["stop"] = "another", len(gpu["timed"]) + 3
     autotune.run_study(problems=PROBLEMS[:1])
-    assert set(autotune.recorded_rows("autotune")["triton"]) == {"3"}
+    assert set(autotune_report.recorded_rows("autotune")["triton"]) == {"3"}
 
 
 def test_no_gpu():
@@ -217,22 +228,22 @@ class EndsTheProcess:
 
 
 def test_a_compiler_that_crashes_or_hangs_is_an_error_of_its_configuration(monkeypatch):
-    assert [outcome for _, outcome in autotune.compile_jobs([EndsTheProcess()])] == [{"error": "the compiler crashed"}]
-    monkeypatch.setattr(autotune, "COMPILE_LIMIT", 0)
-    ((job, outcome),) = autotune.compile_jobs([(PROBLEMS[0], None, None)])
+    assert [outcome for _, outcome in compiling.compile_jobs([EndsTheProcess()])] == [{"error": "the compiler crashed"}]
+    monkeypatch.setattr(compiling, "COMPILE_LIMIT", 0)
+    ((job, outcome),) = compiling.compile_jobs([(PROBLEMS[0], None, None)])
     assert job[0] == PROBLEMS[0]
     assert outcome == {"error": "not compiled within 0 s"}
-    assert list(autotune.compile_jobs([(PROBLEMS[0], None, None)], deadline=-math.inf)) == []
+    assert list(compiling.compile_jobs([(PROBLEMS[0], None, None)], deadline=-math.inf)) == []
 
 
 def test_every_kernel_of_the_study_compiles_without_a_gpu():
     """Also that stages change nothing on NVIDIA GPUs, which is why tuning drops them."""
     few = {}
-    for problem in autotune.COMPILED_PROBLEMS:
-        own = autotune.every_config(problem.kernel)
+    for problem in configurations.COMPILED_PROBLEMS:
+        own = configurations.every_config(problem.kernel)
         one = own[-1] if problem.kernel == "lanes" else own[0]  # what compiles fast
-        few[problem] = [config for config in own if autotune.label(config)[:2] == autotune.label(one)[:2]]
-    rows = autotune.compile_table(("cuda:sm90",), only=lambda problem, config: config in few[problem])
+        few[problem] = [config for config in own if configurations.label(config)[:2] == configurations.label(one)[:2]]
+    rows = compiling.compile_table(("cuda:sm90",), only=lambda problem, config: config in few[problem])
     assert "error" not in rows
     assert (rows[["registers", "instructions", "occupancy"]] > 0).all().all()
     binaries = rows.groupby("kernel")["binary"]
@@ -240,7 +251,9 @@ def test_every_kernel_of_the_study_compiles_without_a_gpu():
     assert binaries.size()["fwd"] == 3
     assert (binaries.nunique() == 1).all()
 
-    rows = autotune.compile_table(("hip:gfx942",), [PROBLEMS[0]], only=lambda _, config: config in few[PROBLEMS[0]][:1])
+    rows = compiling.compile_table(
+        ("hip:gfx942",), [PROBLEMS[0]], only=lambda _, config: config in few[PROBLEMS[0]][:1]
+    )
     assert (rows[["registers", "instructions", "occupancy"]] > 0).all(axis=None)
 
 
@@ -257,107 +270,109 @@ def test_every_kernel_of_the_study_compiles_without_a_gpu():
     ],
 )
 def test_occupancy(arch, registers, shared, num_warps, programs):
-    assert autotune.occupancy(arch, registers, shared, num_warps) == programs
-    assert math.isnan(autotune.occupancy("cuda:sm75", registers, shared, num_warps))
+    assert compiling.occupancy(arch, registers, shared, num_warps) == programs
+    assert math.isnan(compiling.occupancy("cuda:sm75", registers, shared, num_warps))
 
 
 def test_the_analysis(gpu):
     autotune.run_study()
-    rows = autotune.of_gpu(autotune.recorded_rows("autotune"))
-    gains = autotune.gains(rows)
-    assert len(gains) == sum(problem.kernel in autotune.N2_KERNELS for problem in autotune.PROBLEMS)
+    rows = autotune_report.of_gpu(autotune_report.recorded_rows("autotune"))
+    gains = autotune_report.gains(rows)
+    assert len(gains) == sum(problem.kernel in configurations.N2_KERNELS for problem in configurations.PROBLEMS)
     assert (gains["general gain %"] >= 0).all()  # the original lists are a part of the general ones
     assert (gains["pruned"] >= gains["general"]).all()
-    choices = autotune.choices(rows)
+    choices = autotune_report.choices(rows)
     assert (choices["time / best"] >= 1).all()
     assert (choices["best µs"] <= gains[["general", "architecture"]].min(axis=1)).all()  # few warps may be better
-    assert autotune.tries_table(rows).loc["forward, 1024 tokens, N = 64", "original"].endswith(" of 4")
-    rules = autotune.rules(rows)
-    assert len(rules) == len(autotune.PROBLEMS) - len(gains)
+    assert autotune_report.tries_table(rows).loc["forward, 1024 tokens, N = 64", "original"].endswith(" of 4")
+    rules = autotune_report.rules(rows)
+    assert len(rules) == len(configurations.PROBLEMS) - len(gains)
     assert (rules["time / best"].dropna() >= 1).all()
     assert ("-" in set(rules["chosen"])) == autotune.configs.interpreting()  # there tiles are larger than any list has
     assert len(set(rules["chosen"])) > 1
-    for problem in autotune.problems_of(rows):
-        times = autotune.times_of(rows, problem)
-        curve = autotune.regret(times, min(times.values()))
+    for problem in autotune_report.problems_of(rows):
+        times = autotune_report.times_of(rows, problem)
+        curve = autotune_report.regret(times, min(times.values()))
         assert len(curve) == len(times)
         assert curve[-1] == 1
         assert (curve[1:] <= curve[:-1]).all()
-    matrix = autotune.transfer(rows, "bwd")
+    matrix = autotune_report.transfer(rows, "bwd")
     assert [matrix.iloc[i, i] for i in range(len(matrix))] == [1] * len(matrix)
     assert (matrix >= 1).all().all()
-    assert len(autotune.noise(rows)) > 100
-    assert autotune.noise(rows).between(1, 1.01).all()
-    assert set(autotune.noise_table(rows).index) == {"fwd", "fwd_split", "bwd"}
-    assert autotune.correlations(rows).loc["backward, 1024 tokens, N = 64"].dropna().between(-1, 1).all()
-    rule = autotune.prediction_rule(rows)
+    assert len(autotune_report.noise(rows)) > 100
+    assert autotune_report.noise(rows).between(1, 1.01).all()
+    assert set(autotune_report.noise_table(rows).index) == {"fwd", "fwd_split", "bwd"}
+    assert autotune_report.correlations(rows).loc["backward, 1024 tokens, N = 64"].dropna().between(-1, 1).all()
+    rule = autotune_report.prediction_rule(rows)
     assert (rule["kept"] <= rule["binaries"]).all()
     assert (rule["best kept / best"] >= 1).all()
 
 
 @pytest.mark.parametrize("kernel", ["lanes", "fwd"])
 def test_what_is_not_on_record_is_not_drawn(gpu, kernel, capsys):
-    problems = [next(problem for problem in autotune.PROBLEMS if problem.kernel == kernel)]
+    problems = [next(problem for problem in configurations.PROBLEMS if problem.kernel == kernel)]
     autotune.run_study(problems=problems)
-    rows = autotune.of_gpu(autotune.recorded_rows("autotune"))
+    rows = autotune_report.of_gpu(autotune_report.recorded_rows("autotune"))
     others = {"lanes": ["gains", "choices", "draw_gains", "draw_distribution"], "fwd": ["rules", "draw_transfer"]}[
         kernel
     ]
     capsys.readouterr()
     for made in others:
-        autotune.show(getattr(autotune, made), rows, name=made if made.startswith("draw") else None)
-    autotune.show(autotune.draw_heat_map, rows, PROBLEMS[1], name="heat")
-    autotune.show(autotune.draw_regret, rows, [PROBLEMS[1]], name="regret")
+        drawn = made.startswith("draw")
+        make = getattr(autotune_pictures if drawn else autotune_report, made)
+        autotune_pictures.show(make, rows, name=made if drawn else None)
+    autotune_pictures.show(autotune_pictures.draw_heat_map, rows, PROBLEMS[1], name="heat")
+    autotune_pictures.show(autotune_pictures.draw_regret, rows, [PROBLEMS[1]], name="regret")
     assert capsys.readouterr().out == "Nothing of this kind is on record yet.\n" * (len(others) + 2)
-    autotune.show(autotune.tries_table, rows)
-    autotune.show(autotune.prediction_rule, rows)
+    autotune_pictures.show(autotune_report.tries_table, rows)
+    autotune_pictures.show(autotune_report.prediction_rule, rows)
     assert capsys.readouterr().out.count("tokens, N =") == 2
 
 
 def test_the_pasted_lists_hold_a_good_configuration_for_every_problem(gpu, monkeypatch):
     autotune.run_study()
-    rows = autotune.of_gpu(autotune.recorded_rows("autotune"))
-    name, lists = autotune.paste(rows).split(" = ", 1)
+    rows = autotune_report.of_gpu(autotune_report.recorded_rows("autotune"))
+    name, lists = autotune_report.paste(rows).split(" = ", 1)
     assert name == "MEASURED_SPACE"
     monkeypatch.setitem(autotune.configs.SPACES, "measured", ast.literal_eval(lists))
-    for problem in autotune.problems_of(rows):
+    for problem in autotune_report.problems_of(rows):
         candidates = autotune.configs.get_configs("measured", problem.kernel)
-        times = autotune.times_of(rows, problem, candidates)
-        assert min(times.values()) <= 1.02 * min(autotune.times_of(rows, problem).values())
+        times = autotune_report.times_of(rows, problem, candidates)
+        assert min(times.values()) <= 1.02 * min(autotune_report.times_of(rows, problem).values())
 
 
 def test_the_measured_lists_hold_a_good_configuration_for_every_recorded_problem(monkeypatch):
     monkeypatch.setattr(tables, "DATA", tables.RECORDED)
-    held = autotune.measured_list(autotune.of_gpu(autotune.recorded_rows("autotune")))
-    assert list(held.index) == [autotune.title(problem) for problem in autotune.PROBLEMS]
+    held = autotune_report.measured_list(autotune_report.of_gpu(autotune_report.recorded_rows("autotune")))
+    assert list(held.index) == [configurations.title(problem) for problem in configurations.PROBLEMS]
     assert (held["configurations"] < held["of"]).all()
     assert held["time / best"].between(1, 1.02).all()
 
 
 def test_an_architecture_without_measured_lists(gpu):
     autotune.run_study(problems=PROBLEMS)
-    rows = autotune.of_gpu(autotune.recorded_rows("autotune")).assign(arch="cuda:sm80")
-    assert autotune.measured_list(rows).empty
+    rows = autotune_report.of_gpu(autotune_report.recorded_rows("autotune")).assign(arch="cuda:sm80")
+    assert autotune_report.measured_list(rows).empty
 
 
 def test_the_pictures(gpu, tmp_path, capsys):
-    autotune.draw_here()
+    autotune_pictures.draw_here()
     assert capsys.readouterr().out == f"No times of {GPU} are on record.\n"
     autotune.run_study()
-    rows = autotune.of_gpu(autotune.recorded_rows("autotune"))
-    for problem in autotune.COMPILED_PROBLEMS[:1]:
-        autotune.study.save_figure(autotune.draw_heat_map(rows, problem), f"heat_{problem.kernel}")
-    autotune.study.save_figure(autotune.draw_regret(rows, autotune.problems_of(rows)[:3]), "regret")
-    autotune.study.save_figure(autotune.draw_correlations(rows), "correlations")
-    autotune.study.save_figure(autotune.draw_transfer(rows), "transfer")
-    autotune.show(autotune.draw_gains, rows, name="gains")
-    autotune.show(autotune.gains, rows)
+    rows = autotune_report.of_gpu(autotune_report.recorded_rows("autotune"))
+    for problem in configurations.COMPILED_PROBLEMS[:1]:
+        pictures.save_figure(autotune_pictures.draw_heat_map(rows, problem), f"heat_{problem.kernel}")
+    pictures.save_figure(autotune_pictures.draw_regret(rows, autotune_report.problems_of(rows)[:3]), "regret")
+    pictures.save_figure(autotune_pictures.draw_correlations(rows), "correlations")
+    pictures.save_figure(autotune_pictures.draw_transfer(rows), "transfer")
+    autotune_pictures.show(autotune_pictures.draw_gains, rows, name="gains")
+    autotune_pictures.show(autotune_report.gains, rows)
     assert "general gain %" in capsys.readouterr().out
-    autotune.show(autotune.draw_gains, rows[:0], name="nothing")
+    autotune_pictures.show(autotune_pictures.draw_gains, rows[:0], name="nothing")
     assert capsys.readouterr().out == "Nothing of this kind is on record yet.\n"
     gpu["setting"]["gpu"], gpu["factor"] = "another", 2.0
     autotune.run_study(problems=PROBLEMS)
-    autotune.draw_here()
+    autotune_pictures.draw_here()
     drawn = {path.stem for path in (tmp_path / "figures").glob("*.png")}
     assert drawn == {"heat_fwd", "regret", "correlations", "transfer", "gains", "autotune_here", "autotune_two_gpus"}
     assert "MEASURED_SPACE = {" in capsys.readouterr().out

@@ -10,9 +10,11 @@ import pytest
 
 pytest.importorskip("seaborn")
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "notebooks"))
-first_calls, speed, tables = (importlib.import_module(name) for name in ("first_calls", "speed_study", "tables"))
+calls_report, first_calls, reports, rivals, tables = (
+    importlib.import_module(f"study.{name}") for name in ("calls_report", "first_calls", "reports", "rivals", "tables")
+)
 
-# Prints what a call does; a rival named "broken" fails.
+# Prints what a call does; a rival named "broken" fails, and one named "full" has a full disk.
 STAND_IN = """
 import json, os, pathlib, sys
 cache = pathlib.Path(os.environ["TRITON_CACHE_DIR"])
@@ -21,18 +23,21 @@ cache.mkdir(exist_ok=True)
 assert input() == ("cold" if cold else "warm")
 if sys.argv[1] == "broken":
     raise SystemExit("in vain\\nout of luck")
+if sys.argv[1] == "full":
+    print("No space left on device", file=sys.stderr)
+    sys.exit(os.EX_IOERR)
 print("Triton says something")
 times = {"first_s": 7.25, "other_s": 0.21} if cold else {"first_s": 0.5, "later_s": 0.0021}
 print(json.dumps(times | {"other_tokens": 16, "binary": "b"}))
 """
-CASE = speed.Case(65536, 256, 16, "bf16")
+CASE = rivals.Case(65536, 256, 16, "bf16")
 
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
     """What makes the calls, on a GPU that is not there; tables go to an empty folder."""
     (tmp_path / "program.py").write_text(STAND_IN)
-    monkeypatch.setattr(first_calls, "PROGRAM", tmp_path / "program.py")
+    monkeypatch.setattr(first_calls, "PROGRAM", [tmp_path / "program.py"])
     monkeypatch.setattr(first_calls, "CALLS", [(name, CASE) for name in ("quick", "broken")])
     monkeypatch.setattr(first_calls.torch.cuda, "is_available", lambda: True)
     for name in ("DATA", "RECORDED"):
@@ -62,9 +67,16 @@ def test_a_call_that_is_new_is_measured_alone(stand_in, monkeypatch):
     assert first_calls.measure(again=False) == "1 measured now, 2 before"
 
 
+def test_a_full_disk_is_no_result(stand_in, monkeypatch):
+    monkeypatch.setattr(first_calls, "CALLS", [("quick", CASE), ("full", CASE), ("quick", CASE)])
+    with pytest.raises(OSError, match="No space left on device"):
+        first_calls.measure(again=False)
+    assert tables.read("first_calls").rival.tolist() == ["quick"]
+
+
 def test_the_table(stand_in):
     first_calls.measure(again=False)
-    assert speed.told("first_calls", first_calls.table).splitlines()[-2:] == [
+    assert reports.told("first_calls", calls_report.first_calls_table).splitlines()[-2:] == [
         "| quick | 65536 | 256 | 16 | bf16 | 7.25 s | 0.5 s | 16 | 0.21 s | 2.1 ms |",
         "| broken | 65536 | 256 | 16 | bf16 | out of luck | – | – | – | – |",
     ]
@@ -84,7 +96,7 @@ def test_the_other_call_comes_at_once_or_when_nothing_is_left_to_compile(cache, 
 
     monkeypatch.setattr(first_calls.torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(first_calls, "input", lambda: cache, raising=False)
-    monkeypatch.setattr(speed, "RIVALS", {"one": speed.Rival(route, "", "")})
+    monkeypatch.setattr(rivals, "RIVALS", {"one": rivals.Rival(route, "", "")})
     found = first_calls.call("one", CASE._replace(num_tokens=2048, num_expert_sqrt=4, k=2))
     background.join()
     assert running[:2] == [False, cache == "cold"]

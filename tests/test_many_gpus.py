@@ -13,7 +13,10 @@ pytest.importorskip("seaborn")
 pd = pytest.importorskip("pandas")
 plt, text = (pytest.importorskip(f"matplotlib.{name}") for name in ("pyplot", "text"))
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "notebooks"))
-many_gpus, tables, traffic = (importlib.import_module(name) for name in ("many_gpus", "tables", "traffic"))
+many_gpus, many_gpus_report, tables, traffic, traffic_pictures = (
+    importlib.import_module(f"study.{name}")
+    for name in ("many_gpus", "many_gpus_report", "tables", "traffic", "traffic_pictures")
+)
 
 LAYER = traffic.Layer(num_expert_sqrt=16384, k=16, hidden=1024, num_tokens=16384)
 
@@ -79,13 +82,13 @@ def test_measuring_says_why_it_does_not(monkeypatch, tmp_path):
 def test_targets_compare_the_last_run():
     of = {"case": many_gpus.FACTORS, "num_expert_sqrt": 4096}
     rows = [{**of, "rival": many_gpus.GATHER, "us": us} for us in (9.0, 100.0)]
-    table = many_gpus.targets_table(pd.DataFrame([*rows, {**of, "rival": many_gpus.EXCHANGE, "us": 30.0}]))
+    table = many_gpus_report.targets_table(pd.DataFrame([*rows, {**of, "rival": many_gpus.EXCHANGE, "us": 30.0}]))
     assert len(table.splitlines()) == 3 and "| 0.30 | 0.35 | 0.2 |" in table
 
 
 def moved(mesh, k, n):
     """A function as a notebook would define it."""
-    from many_gpus import Sent
+    from study.many_gpus import Sent
     from torch import zeros
     from torch.distributed.tensor import DTensor, Shard
 
@@ -154,22 +157,22 @@ def test_paper_has_both_ways_and_what_a_rank_owns():
 
 
 def test_measured_pictures_show_every_target_and_message(rows, drawn):
-    figure = many_gpus.draw_targets(rows)
+    figure = many_gpus_report.draw_targets(rows)
     assert [len(axes.patches) for axes in figure.axes] == [2 * len(many_gpus.TARGETS)] * 2
     assert "0.30×, to reach 0.35×" in texts(figure)
-    (axes,) = many_gpus.draw_link(rows).axes
+    (axes,) = many_gpus_report.draw_link(rows).axes
     assert [line.get_ydata().tolist() for line in axes.lines] == [[50.0, (1 << 28) / 2e5]] * 2
     assert len(axes.collections) == 4
-    assert "| 268 | 1,342 | 200 | equal |" in many_gpus.link_table(rows[rows.gpu == "A GPU"])
+    assert "| 268 | 1,342 | 200 | equal |" in many_gpus_report.link_table(rows[rows.gpu == "A GPU"])
 
 
 def test_drawn_bytes_are_those_of_the_formulas(drawn):
-    said = texts(traffic.draw_shardings(LAYER))
+    said = texts(traffic_pictures.draw_shardings(LAYER))
     assert all(part in said for part in ("nothing", "32 keys each way,\n128 bytes", "2048 bytes", "4096 bytes"))
-    left, right = traffic.draw_break_even(256, 16, [2, 4, 8], (8, 16)).axes
+    left, right = traffic_pictures.draw_break_even(256, 16, [2, 4, 8], (8, 16)).axes
     candidates, logits, chosen = (line.get_ydata().tolist() for line in left.lines)
     assert candidates == [128, 384, 896] and logits == [512, 768, 896] and chosen == [128, 384, 896]
     assert [line.get_ydata().tolist() for line in right.lines] == [[33, 65, 129], [65, 129, 257]]
-    (axes,) = traffic.draw_paper(LAYER, [8, 4096]).axes
+    (axes,) = traffic_pictures.draw_paper(LAYER, [8, 4096]).axes
     spread, logits, candidates = (line.get_ydata().tolist() for line in axes.lines[:3])
     assert candidates[0] < spread[0] < logits[0] and logits[1] < spread[1] < candidates[1]

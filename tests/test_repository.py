@@ -41,8 +41,8 @@ def test_environment_has_no_versions_of_its_own():
 
 def test_readme_has_the_three_commands():
     study, tests, jupyter = COMMANDS
-    assert study.endswith("notebooks/study.py")
-    assert jupyter.endswith("jupyter lab notebooks")
+    assert study.endswith("python notebooks/study")
+    assert jupyter.endswith("python notebooks/study --lab")
     assert "pytest -q --nbval notebooks" in tests
     for command in COMMANDS:
         (extra,) = re.findall(r"'\.\[(\w+)\]'", command)

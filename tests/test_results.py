@@ -15,12 +15,16 @@ from omni_kernels import brute_force_router, factored_router, omni_router
 pytest.importorskip("seaborn")
 pd = pytest.importorskip("pandas")
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "notebooks"))
-binaries, calls, layer, speed, study, tables, timing, training = (
-    importlib.import_module(name)
-    for name in ("binaries", "calls", "layer_study", "speed_study", "study", "tables", "timing", "training_study")
+calls, calls_report, layer, layer_report, pictures, readme, reports = (
+    importlib.import_module(f"study.{name}")
+    for name in ("calls", "calls_report", "layer", "layer_report", "pictures", "readme", "reports")
+)
+rivals, speed, speed_report, tables, timing, training, training_report = (
+    importlib.import_module(f"study.{name}")
+    for name in ("rivals", "speed", "speed_report", "tables", "timing", "training", "training_report")
 )
 
-MAIN, SMALL = speed.MAIN, speed.Case(7, 8, 4, "fp32")
+MAIN, SMALL = speed.MAIN, rivals.Case(7, 8, 4, "fp32")
 LIMITS = {"bandwidth_gbs": 3000.0, "empty_us": 1.5}
 
 
@@ -58,16 +62,16 @@ def row(case, rival, us, **more):
 
 
 def test_readme_holds_the_recorded_results(recorded_tables):
-    text = study.README.read_text()
-    assert study.with_results(text) == text, "run notebooks/study.py --readme"
+    text = readme.README.read_text(encoding="utf-8")
+    assert readme.with_results(text) == text, "run notebooks/study --readme"
 
 
 @pytest.mark.parametrize("table", speed.TIMED)
 def test_recorded_rows_are_sound(table, recorded_tables):
     wrong = []
-    for found in speed.latest(table).itertuples():
-        floor = speed.floor_us(speed.Case(*(getattr(found, size) for size in speed.CASE)), found.bandwidth_gbs)
-        if found.rival == speed.OMNI:
+    for found in reports.latest(table).itertuples():
+        floor = speed.floor_us(rivals.Case(*(getattr(found, size) for size in rivals.CASE)), found.bandwidth_gbs)
+        if found.rival == rivals.OMNI:
             sound = found.check == "equal"
         else:
             sound = found.check in ("equal", "ties", "inexact") or isinstance(found.error, str)
@@ -83,25 +87,25 @@ def test_the_floor_is_the_bytes_over_the_bandwidth():
 
 
 def test_what_each_family_looks_at():
-    looked_at = {name: speed.examined(name, 256, 16) for name in (speed.ORIGINAL, speed.FACTORED, speed.OMNI)}
-    assert looked_at == {speed.ORIGINAL: 65536, speed.FACTORED: 512 + 256, speed.OMNI: 512 + 50}
-    assert speed.examined(speed.OMNI, 2, 3) == 4 + 3  # ranks that a factor of two does not have are no candidates
+    looked_at = {name: speed.examined(name, 256, 16) for name in (rivals.ORIGINAL, rivals.FACTORED, rivals.OMNI)}
+    assert looked_at == {rivals.ORIGINAL: 65536, rivals.FACTORED: 512 + 256, rivals.OMNI: 512 + 50}
+    assert speed.examined(rivals.OMNI, 2, 3) == 4 + 3  # ranks that a factor of two does not have are no candidates
 
 
 def test_readme_without_a_table(no_tables):
-    filled = study.with_results(f"before\n{study.MARKS[0]}\nold\n{study.MARKS[1]}\nafter\n")
-    assert filled == f"before\n{study.MARKS[0]}\n\n{speed.NO_RESULTS}\n\n{study.MARKS[1]}\nafter\n"
+    filled = readme.with_results(f"before\n{readme.MARKS[0]}\nold\n{readme.MARKS[1]}\nafter\n")
+    assert filled == f"before\n{readme.MARKS[0]}\n\n{reports.NO_RESULTS}\n\n{readme.MARKS[1]}\nafter\n"
 
 
 def test_results_are_of_the_last_versions_and_rows_of_each_gpu_h100_first(no_tables, monkeypatch):
-    add_run(monkeypatch, "A GPU", "2.0", "targets", row(MAIN, speed.OMNI, 500.0), row(MAIN, speed.QUACK, 1500.0))
-    add_run(monkeypatch, "An H100", "1.0", "targets", row(SMALL, speed.OMNI, 1.0))
-    add_run(monkeypatch, "An H100", "2.0", "targets", row(MAIN, speed.OMNI, 99.0))
-    failed = row(MAIN, speed.FACTORED, None, check=None, error="OutOfMemoryError")
+    add_run(monkeypatch, "A GPU", "2.0", "targets", row(MAIN, rivals.OMNI, 500.0), row(MAIN, rivals.QUACK, 1500.0))
+    add_run(monkeypatch, "An H100", "1.0", "targets", row(SMALL, rivals.OMNI, 1.0))
+    add_run(monkeypatch, "An H100", "2.0", "targets", row(MAIN, rivals.OMNI, 99.0))
+    failed = row(MAIN, rivals.FACTORED, None, check=None, error="OutOfMemoryError")
     add_run(
-        monkeypatch, "An H100", "2.0", "targets", row(MAIN, speed.OMNI, 50.0), row(MAIN, speed.QUACK, 160.0), failed
+        monkeypatch, "An H100", "2.0", "targets", row(MAIN, rivals.OMNI, 50.0), row(MAIN, rivals.QUACK, 160.0), failed
     )
-    lines = speed.told("targets", speed.targets_table).splitlines()
+    lines = reports.told("targets", speed_report.targets_table).splitlines()
     described, cases = lines[::6], [line for line in lines if line.startswith("| 65536")]
     assert described == [f"{gpu}, PyTorch 2.0, Triton 3.0, 2030-01-02, commit abc:" for gpu in ("An H100", "A GPU")]
     assert cases == [
@@ -111,26 +115,27 @@ def test_results_are_of_the_last_versions_and_rows_of_each_gpu_h100_first(no_tab
 
 
 def test_ladder_compares_each_rung_with_the_last_that_ran(no_tables, monkeypatch):
-    failed = row(MAIN, speed.QUACK, None, check=None, error="not installed: quack")
-    rows = row(MAIN, speed.FACTORED, 2000.0), failed, row(MAIN, speed.OMNI, 50.0)
+    failed = row(MAIN, rivals.QUACK, None, check=None, error="not installed: quack")
+    rows = row(MAIN, rivals.FACTORED, 2000.0), failed, row(MAIN, rivals.OMNI, 50.0)
     add_run(monkeypatch, "A GPU", "2.0", "ladder", *rows)
     cells = [
-        [cell.strip() for cell in line.split("|")] for line in speed.told("ladder", speed.ladder_table).splitlines()
+        [cell.strip() for cell in line.split("|")]
+        for line in reports.told("ladder", speed_report.ladder_table).splitlines()
     ]
     assert [line[1:6] for line in cells[4:]] == [
-        [speed.FACTORED, "2,000", "–", "1.2%", "equal"],
-        [speed.QUACK, "–", "–", "–", "not installed: quack"],
-        [speed.OMNI, "50", "40×", "49%", "equal"],
+        [rivals.FACTORED, "2,000", "–", "1.2%", "equal"],
+        [rivals.QUACK, "–", "–", "–", "not installed: quack"],
+        [rivals.OMNI, "50", "40×", "49%", "equal"],
     ]
 
 
 def test_losses_are_told(no_tables, monkeypatch):
-    rows = row(MAIN, speed.FACTORED, 40.0), row(MAIN, speed.OMNI, 50.0)
+    rows = row(MAIN, rivals.FACTORED, 40.0), row(MAIN, rivals.OMNI, 50.0)
     add_run(monkeypatch, "A GPU", "2.0", "ladder", *rows)
-    guide = speed.Case(1024, 64, 16, "bf16")
-    times = {speed.ORIGINAL: 52.0, speed.OPTIMIZED: 50.0, speed.OMNI: 3.0}
+    guide = rivals.Case(1024, 64, 16, "bf16")
+    times = {rivals.ORIGINAL: 52.0, rivals.OPTIMIZED: 50.0, rivals.OMNI: 3.0}
     add_run(monkeypatch, "A GPU", "2.0", "guide", *(row(guide, name, us) for name, us in times.items()))
-    slower, rung, gain = speed.losses()
+    slower, rung, gain = speed_report.losses()
     assert slower == "A GPU, 65536 256 16 bf16: omni_router takes 1.25 times the time of “PyTorch, factored”"
     assert rung == "A GPU: “omni_router” is slower than “PyTorch, factored”, the rung before it"
     assert gain == "A GPU: the optimized kernels gain less than the guide expects at 64×64, k = 16"
@@ -145,16 +150,16 @@ def test_results_are_told_apart():
     assert speed.compare((want[0] + 1, want[1]), want, x, y) == "inexact"
 
 
-@pytest.mark.parametrize("name", [speed.ALL_SUMS, speed.FACTORED, speed.ORIGINAL, speed.OPTIMIZED, speed.OMNI])
+@pytest.mark.parametrize("name", [rivals.ALL_SUMS, rivals.FACTORED, rivals.ORIGINAL, rivals.OPTIMIZED, rivals.OMNI])
 def test_rivals_route(name, device):
     x, y = speed.logits(SMALL)
-    assert speed.compare(speed.RIVALS[name].route(x, y, 4), factored_router(x, y, 4), x, y) in ("equal", "ties")
+    assert speed.compare(rivals.RIVALS[name].route(x, y, 4), factored_router(x, y, 4), x, y) in ("equal", "ties")
 
 
 def test_slices_of_all_sums_are_joined(monkeypatch, device):
-    monkeypatch.setattr(speed, "SUMS_AT_ONCE", 2 * 8 * 8)
+    monkeypatch.setattr(rivals, "SUMS_AT_ONCE", 2 * 8 * 8)
     x, y = speed.logits(SMALL)
-    assert speed.compare(speed.pytorch_all_sums(x, y, 4), brute_force_router(x, y, 4), x, y) in ("equal", "ties")
+    assert speed.compare(rivals.pytorch_all_sums(x, y, 4), brute_force_router(x, y, 4), x, y) in ("equal", "ties")
 
 
 @pytest.fixture
@@ -174,7 +179,7 @@ def test_a_rival_that_fails_is_a_row(timed, monkeypatch, device):
         raise ModuleNotFoundError("no", name="quack")
 
     routes = {"right": factored_router, "broken": broken, "missing": missing}
-    monkeypatch.setattr(speed, "RIVALS", {name: speed.Rival(route, "", "") for name, route in routes.items()})
+    monkeypatch.setattr(speed, "RIVALS", {name: rivals.Rival(route, "", "") for name, route in routes.items()})
     right, *failed = speed.rows_of("targets", SMALL, list(routes))
     assert right == {
         "rival": "right", **SMALL._asdict(), "method": "graph", "us": 2.0, "us_10": 1.0, "us_90": 3.0, "call_us": 40.0,
@@ -191,7 +196,7 @@ def test_what_cannot_be_in_a_graph_has_the_time_of_a_call(timed, monkeypatch, de
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(timing, "kernel_us", no_graph)
-    (found,) = speed.rows_of("targets", SMALL, [speed.FACTORED])
+    (found,) = speed.rows_of("targets", SMALL, [rivals.FACTORED])
     assert [found[name] for name in ("method", "us", "us_10", "us_90", "call_us")] == ["call", *[40.0] * 4]
 
 
@@ -223,12 +228,12 @@ def test_layouts_hold_the_same_logits():
 
 def test_layouts_are_told(no_tables, timed, monkeypatch, device):
     add_run(monkeypatch, "A GPU", "2.0", "layouts", *speed.rows_of("layouts", SMALL, list(speed.LAYOUTS)))
-    lines = speed.told("layouts", speed.layouts_table).splitlines()[4:]
+    lines = reports.told("layouts", speed_report.layouts_table).splitlines()[4:]
     assert [line.split(" | ")[0] for line in lines] == [f"| {name}" for name in speed.LAYOUTS]
 
 
 def test_a_full_disk_takes_no_table_and_is_told_with_its_path(no_tables, tmp_path, monkeypatch):
-    add_run(monkeypatch, "A GPU", "2.0", "ladder", row(MAIN, speed.OMNI, 50.0))
+    add_run(monkeypatch, "A GPU", "2.0", "ladder", row(MAIN, rivals.OMNI, 50.0))
 
     def fail(table, path, **_):
         path.write_text("half of a")
@@ -236,13 +241,13 @@ def test_a_full_disk_takes_no_table_and_is_told_with_its_path(no_tables, tmp_pat
 
     monkeypatch.setattr(pd.DataFrame, "to_csv", fail)
     with pytest.raises(OSError, match=r"No space left on device: '.*ladder\.csv'"):
-        tables.append("ladder", [row(MAIN, speed.OMNI, 40.0)])
+        tables.append("ladder", [row(MAIN, rivals.OMNI, 40.0)])
     assert tables.read("ladder").us.tolist() == [50.0]
     assert [path.name for path in tmp_path.rglob("*.*")] == ["ladder.csv"]
 
 
 def test_a_full_disk_takes_no_notebook(tmp_path, monkeypatch):
-    nbformat, study = (importlib.import_module(name) for name in ("nbformat", "study"))
+    nbformat, notebooks = (importlib.import_module(name) for name in ("nbformat", "study.notebooks"))
     source, destination = tmp_path / "source.ipynb", tmp_path / "kept.ipynb"
     nbformat.write(nbformat.v4.new_notebook(), source)
     destination.write_text("as it was")
@@ -252,37 +257,37 @@ def test_a_full_disk_takes_no_notebook(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(nbformat, "write", fail)
-    monkeypatch.setattr(study.nbclient.NotebookClient, "setup_kernel", lambda self: contextlib.nullcontext())
+    monkeypatch.setattr(notebooks.nbclient.NotebookClient, "setup_kernel", lambda self: contextlib.nullcontext())
     with pytest.raises(OSError, match="No space"):
-        study.execute(source, destination)
+        notebooks.execute(source, destination)
     assert destination.read_text() == "as it was"
     assert {path.name for path in tmp_path.iterdir()} == {"source.ipynb", "kept.ipynb"}
 
 
 def test_a_hash_that_looks_like_a_number_stays_one(no_tables, monkeypatch):
     hashes = ["001234567890", "589312e34567"]
-    add_run(monkeypatch, "A GPU", "2.0", "ladder", *(row(MAIN, speed.OMNI, 50.0, binary=binary) for binary in hashes))
+    add_run(monkeypatch, "A GPU", "2.0", "ladder", *(row(MAIN, rivals.OMNI, 50.0, binary=binary) for binary in hashes))
     assert tables.of_setting("ladder").binary.tolist() == hashes
 
 
 def test_rows_keep_their_place_when_they_are_measured_again(no_tables, monkeypatch):
     cases = [MAIN, SMALL, MAIN._replace(k=8)]
-    add_run(monkeypatch, "A GPU", "2.0", "targets", *(row(case, speed.OMNI, 50.0) for case in cases))
-    add_run(monkeypatch, "A GPU", "2.0", "targets", row(SMALL, speed.OMNI, 40.0))
-    found = speed.latest("targets")
-    assert list(found[speed.CASE].itertuples(index=False, name=None)) == cases
+    add_run(monkeypatch, "A GPU", "2.0", "targets", *(row(case, rivals.OMNI, 50.0) for case in cases))
+    add_run(monkeypatch, "A GPU", "2.0", "targets", row(SMALL, rivals.OMNI, 40.0))
+    found = reports.latest("targets")
+    assert list(found[rivals.CASE].itertuples(index=False, name=None)) == cases
     assert found.us.tolist() == [50, 40, 50]
 
 
 def test_a_folder_named_from_where_one_stands_is_the_same_folder():
     """The recorded tables are read once, not twice."""
-    code = "import tables; print(tables.DATA == tables.RECORDED)"
+    code = "from study import tables; print(tables.DATA == tables.RECORDED)"
     environment = {"OMNI_FIGURES": "../figures"}
-    assert run_python("-c", code, folder=pathlib.Path(tables.__file__).parent, **environment) == "True\n"
+    assert run_python("-c", code, folder=pathlib.Path(tables.__file__).parents[1], **environment) == "True\n"
 
 
 def test_a_case_is_measured_again_when_what_is_compiled_changes(no_tables, timed, monkeypatch, device):
-    binaries = {speed.OMNI: "first", speed.FACTORED: ""}
+    binaries = {rivals.OMNI: "first", rivals.FACTORED: ""}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(speed, "_compile_ahead", lambda work: None)
     monkeypatch.setattr(speed, "compiled_by", lambda name, *_: {"binary": binaries[name]})
@@ -304,10 +309,10 @@ def test_a_case_is_measured_again_when_what_is_compiled_changes(no_tables, timed
     assert measured(again=False) == dict.fromkeys(counts, 0)
     assert measured(again=True) == counts
     for change, binary in enumerate(("second", "first"), start=3):
-        binaries[speed.OMNI] = binary
+        binaries[rivals.OMNI] = binary
         assert measured(again=False) == counts
         assert len(tables.read("ladder")) == change * 2 * 2
-        assert set(speed.latest("ladder").binary.dropna()) == {binary}  # what was measured last is what is shown
+        assert set(reports.latest("ladder").binary.dropna()) == {binary}  # what was measured last is what is shown
     for table in tables_of_run:
         assert measured(again=False)[table] == 0
 
@@ -317,20 +322,20 @@ def test_without_a_gpu_nothing_is_measured():
     assert set(speed.measure(again=True).values()) == {"not measured: no GPU here"}
 
 
-@pytest.mark.parametrize("name", [speed.RUNGS[0], speed.RUNGS[-1]])
+@pytest.mark.parametrize("name", [rivals.RUNGS[0], rivals.RUNGS[-1]])
 def test_rungs_launch_their_own_kernel(name, device):
     x, y = speed.logits(SMALL._replace(dtype="fp16"))
-    assert speed.compare(speed.RIVALS[name].route(x, y, 4), factored_router(x, y, 4), x, y) == "equal"
+    assert speed.compare(rivals.RIVALS[name].route(x, y, 4), factored_router(x, y, 4), x, y) == "equal"
 
 
 def test_rungs_change_what_they_name_and_nothing_else(monkeypatch):
     plans = []
-    monkeypatch.setattr(speed.lanes, "interpreting", lambda: False)
-    own = speed.lanes.plan_of.__wrapped__(256, 16, torch.bfloat16, torch.bfloat16, 16, False, True, 2)
-    monkeypatch.setattr(speed.lanes, "plan_for", lambda *_, few_tokens: own)
-    monkeypatch.setattr(speed.factored, "run", lambda plan, x, y: plans.append(plan))
-    for name in speed.RUNGS[speed.RUNGS.index("a row a lane") :]:
-        speed.RIVALS[name].route(*speed.logits(SMALL), 16)
+    monkeypatch.setattr(rivals.lanes, "interpreting", lambda: False)
+    own = rivals.lanes.plan_of.__wrapped__(256, 16, torch.bfloat16, torch.bfloat16, 16, False, True, 2)
+    monkeypatch.setattr(rivals.lanes, "plan_for", lambda *_, few_tokens: own)
+    monkeypatch.setattr(rivals.factored, "run", lambda plan, x, y: plans.append(plan))
+    for name in rivals.RUNGS[rivals.RUNGS.index("a row a lane") :]:
+        rivals.RIVALS[name].route(*speed.logits(SMALL), 16)
     changed = [{name: plan[name] for name in own if plan[name] != own[name]} for plan in plans]
     kept = {"priority": "evict_normal"}
     straight = kept | {"add_minima": False, "looped": False}
@@ -352,7 +357,8 @@ def test_rungs_change_what_they_name_and_nothing_else(monkeypatch):
 
 # For a process whose Triton is no interpreter, and a GPU that is not there.
 COMPILE_RUNGS = """
-import autotune_study, speed_study, torch, triton
+import torch, triton
+from study import compiling, rivals
 from omni_kernels import configs
 from omni_kernels.factored import lanes
 
@@ -362,17 +368,17 @@ def compile_plan(plan, x, y):
     configs.compiled(plan.kernel, x, y, x, torch.int32, None, *numbers, PLAN=plan, num_warps=plan.num_warps)
 
 
-triton.runtime.driver.set_active(autotune_study._NoDevice(autotune_study.TARGETS["cuda:sm90"]))
-speed_study.factored.run, lanes.compares_doubles = compile_plan, lambda device: True
+triton.runtime.driver.set_active(compiling._NoDevice(compiling.TARGETS["cuda:sm90"]))
+rivals.factored.run, lanes.compares_doubles = compile_plan, lambda device: True
 x, y = torch.randn(2, 5, 64).bfloat16()
-for name in speed_study.RUNGS[speed_study.RUNGS.index("a row a lane") :]:
-    speed_study.RIVALS[name].route(x, y, 4)
+for name in rivals.RUNGS[rivals.RUNGS.index("a row a lane") :]:
+    rivals.RIVALS[name].route(x, y, 4)
     print(name)
 """
 
 
 def test_rungs_of_lanes_compile_without_a_gpu():
-    assert run_python("-c", COMPILE_RUNGS).splitlines() == speed.RUNGS[speed.RUNGS.index("a row a lane") :]
+    assert run_python("-c", COMPILE_RUNGS).splitlines() == rivals.RUNGS[rivals.RUNGS.index("a row a lane") :]
 
 
 def test_a_table_that_cannot_be_measured_keeps_no_other_from_it(no_tables, monkeypatch):
@@ -384,7 +390,7 @@ def test_a_table_that_cannot_be_measured_keeps_no_other_from_it(no_tables, monke
     monkeypatch.setattr(speed, "_compile_ahead", broken)
     monkeypatch.setattr(speed, "TABLES", {"layouts": [()], "memory": [(MAIN, ())]})
     add_run(monkeypatch, "A GPU", "2.0", "nothing", {})
-    monkeypatch.setattr(speed, "rows_of", lambda table, case, names, known: [row(case, speed.OMNI, 50.0)])
+    monkeypatch.setattr(speed, "rows_of", lambda table, case, names, known: [row(case, rivals.OMNI, 50.0)])
     done = speed.measure(again=True)
     assert done["compiled ahead"] == "RuntimeError: no more"
     assert done["layouts"].startswith("ValueError: ")
@@ -499,17 +505,17 @@ def test_every_call_works_that_can_work_here(call_rows):
 
 
 def test_calls_are_told_and_drawn(call_rows, tmp_path, monkeypatch):
-    lines = speed.told("calls", calls.ratios_table).splitlines()
+    lines = reports.told("calls", calls_report.ratios_table).splitlines()
     assert lines[2] == "| a call, 1024 tokens, N = 256, k = 16, bf16 | µs | over | µs | times |"
     assert lines[4] == "| omni_router, no gradient | 24 | x.topk(16) | 10 | 2.40 |"
     assert len(lines) == 4 + 5
-    whole = speed.told("calls", calls.calls_table)
+    whole = reports.told("calls", calls_report.calls_table)
     assert "| `x + y` | 5 | 5 to 5 |" in whole
-    assert "checks of the arguments" in speed.told("calls", calls.parts_table)
+    assert "checks of the arguments" in reports.told("calls", calls_report.parts_table)
     assert "checks of the arguments" not in whole
-    monkeypatch.setattr(speed.save_figure.__globals__["plt"], "show", lambda: None)
-    monkeypatch.setitem(speed.save_figure.__globals__, "FIGURES", tmp_path)
-    speed.show("calls", calls.draw_calls, "calls")
+    monkeypatch.setattr(pictures.plt, "show", lambda: None)
+    monkeypatch.setattr(pictures, "FIGURES", tmp_path)
+    reports.show("calls", calls_report.draw_calls, "calls")
     assert (tmp_path / "calls.png").exists()
 
 
@@ -525,8 +531,9 @@ def test_calls_of_this_commit_are_not_timed_again(call_rows, monkeypatch):
 
 # For a process whose Triton is no interpreter: two kernels of one machine code under two names, and a third.
 COMPILE_NAMES = """
-import autotune_study, binaries, torch, triton
+import torch, triton
 import triton.language as tl
+from study import binaries, compiling
 
 @triton.jit
 def one(pointer, SIZE: tl.constexpr):
@@ -542,7 +549,7 @@ def same(renamed, SIZE: tl.constexpr):
 def other(pointer, SIZE: tl.constexpr):
     tl.store(pointer + tl.arange(0, SIZE), tl.load(pointer + tl.arange(0, SIZE)) + 2)
 
-triton.runtime.driver.set_active(autotune_study._NoDevice(autotune_study.TARGETS["cuda:sm90"]))
+triton.runtime.driver.set_active(compiling._NoDevice(compiling.TARGETS["cuda:sm90"]))
 compiled = [kernel.warmup(torch.float32, SIZE=128, grid=(1,)) for kernel in (one, same, other)]
 print(*(binaries.short_hash(binaries.machine_code(kernel)) for kernel in compiled))
 
@@ -581,7 +588,7 @@ def test_tables_of_notebook_4_are_measured_when_what_they_launch_changes(no_tabl
     for binary in ("first", "first", "second"):
         training.measure_missing("repeats", measure, binary)
     assert measured == ["first", "second"]
-    assert len(training.recorded("repeats", "rival")) == 1
+    assert len(training_report.recorded("repeats", "rival")) == 1
 
 
 def test_what_cannot_be_measured_is_told(no_tables, monkeypatch, capsys):
@@ -610,7 +617,8 @@ def test_backwards_are_timed(name, no_tables, timed, monkeypatch, device):
 def layer_rows(no_tables, timed, monkeypatch, device):
     """The rows of a case of the layer, all parts among them, with times that a GPU might give; recorded."""
     case = layer.MAIN._replace(num_tokens=5, num_expert_sqrt=16, k=4)
-    monkeypatch.setattr(layer, "MAIN", case)
+    for module in (layer, layer_report):
+        monkeypatch.setattr(module, "MAIN", case)
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     monkeypatch.setattr(
         timing, "rounds_us", lambda works, rounds: {name: [float(len(name))] * rounds for name in works}
@@ -626,10 +634,10 @@ def test_the_layer_is_measured_once_what_is_right(layer_rows):
     assert [layer_rows[name]["us"] for name in steps] == list(map(len, steps))
     others = layer_rows.keys() - set(steps)
     assert {layer_rows[name]["us"] for name in others} == {2.0}
-    assert {name for names in layer.STACKS.values() for name in names} <= others
+    assert {name for names in layer_report.STACKS.values() for name in names} <= others
     assert layer_rows[layer.OURS]["floor_us"] == pytest.approx(5 * (2 * 16 * 2 + 4 * 6) / 3e6)
     assert layer_rows[layer.BACKWARD]["floor_us"] == pytest.approx(5 * (4 * 16 * 2 + 4 * 6) / 3e6)
-    known = tables.last_keys(tables.read("layer"), ["rival", *speed.CASE])
+    known = tables.last_keys(tables.read("layer"), ["rival", *rivals.CASE])
     assert layer.rows_of(layer.MAIN, known) == []
 
 
@@ -664,29 +672,31 @@ def test_wrong_counts_are_seen(counts):
 
 def test_the_layer_is_told_and_drawn(layer_rows, tmp_path, monkeypatch):
     first = {
-        layer.forward_table: "| 5 | 16 | 0.000147 | 2 | 2 | 1.00 | 2 | 2 | 2 | 1.00 |",
-        layer.backward_table: "| 5 | 16 | 0.000253 | 2 | 0.0% |",
-        layer.steps_table: "| 5 | 16 | 39 | 44 | 54 | 0.89 | 0.72 |",
-        layer.layer_table: "| 5 | 16 | 2 | 2 | 2 | 2 | 39 | 44 | 54 | 0.72 |",
+        layer_report.forward_table: "| 5 | 16 | 0.000147 | 2 | 2 | 1.00 | 2 | 2 | 2 | 1.00 |",
+        layer_report.backward_table: "| 5 | 16 | 0.000253 | 2 | 0.0% |",
+        layer_report.steps_table: "| 5 | 16 | 39 | 44 | 54 | 0.89 | 0.72 |",
+        layer_report.layer_table: "| 5 | 16 | 2 | 2 | 2 | 2 | 39 | 44 | 54 | 0.72 |",
     }
     for table, line in first.items():
-        head, rule, *lines = speed.told("layer", table).splitlines()[2:]
+        head, rule, *lines = reports.told("layer", table).splitlines()[2:]
         assert lines == [line]
         assert head.count("|") == rule.count("|") == line.count("|")
-    monkeypatch.setattr(speed.save_figure.__globals__["plt"], "show", lambda: None)
-    monkeypatch.setitem(speed.save_figure.__globals__, "FIGURES", tmp_path)
-    speed.show("layer", layer.draw_layer, "layer")
+    monkeypatch.setattr(pictures.plt, "show", lambda: None)
+    monkeypatch.setattr(pictures, "FIGURES", tmp_path)
+    reports.show("layer", layer_report.draw_layer, "layer")
     assert (tmp_path / "layer.png").exists()
-    assert "| 39 |" in study.with_results("\n".join(study.MARKS))
+    assert "| 39 |" in readme.with_results("\n".join(readme.MARKS))
 
 
 def test_adaptive_routing_is_told_and_drawn():
     curve = pd.DataFrame([{"rival": rule, "value": 0.5, "experts": 2.0, "loss": 1.5} for rule in ("top_p", "min_p")])
-    assert layer.adaptive_table(curve).splitlines()[2:] == [f"| {rule} | 0.5 | 2.00 | 1.5000 |" for rule in curve.rival]
-    assert [line.get_label() for line in layer.draw_adaptive(curve).axes[0].lines] == ["top_p", "min_p"]
+    assert layer_report.adaptive_table(curve).splitlines()[2:] == [
+        f"| {rule} | 0.5 | 2.00 | 1.5000 |" for rule in curve.rival
+    ]
+    assert [line.get_label() for line in layer_report.draw_adaptive(curve).axes[0].lines] == ["top_p", "min_p"]
     text = [{"layer": 1 + place % 2, "position": place // 2, "byte": byte, "experts": 3}
             for place, byte in enumerate(b"aabb  \n\n")]  # fmt: skip
-    panels = layer.draw_text(pd.DataFrame(text)).axes
+    panels = layer_report.draw_text(pd.DataFrame(text)).axes
     assert [label.get_text() for label in panels[-1].get_xticklabels()] == list("ab␣↵")
     assert [[bar.get_height() for bar in axes.patches] for axes in panels] == [[3] * 4] * 2
 
@@ -694,9 +704,9 @@ def test_adaptive_routing_is_told_and_drawn():
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU would measure")
 def test_the_layer_without_a_gpu(no_tables, capsys):
     assert layer.measure() == "not measured: no GPU here"
-    assert speed.told("layer", layer.layer_table) == speed.NO_RESULTS
-    speed.show("layer", layer.draw_layer, "layer")
-    assert capsys.readouterr().out == f"{speed.NO_RESULTS}\n"
+    assert reports.told("layer", layer_report.layer_table) == reports.NO_RESULTS
+    reports.show("layer", layer_report.draw_layer, "layer")
+    assert capsys.readouterr().out == f"{reports.NO_RESULTS}\n"
 
 
 def test_the_layer_is_as_accurate_as_promised(device):
@@ -704,12 +714,12 @@ def test_the_layer_is_as_accurate_as_promised(device):
     assert (ours["rival"], rival["rival"]) == (layer.OURS, layer.EAGER)
     assert all(ours[column] <= bound for column, bound in layer.PROMISED.items())
     assert 0 < rival["probability_error"] < 1e-5
-    head, rule, *lines = layer.accuracy_table(pd.DataFrame([ours, rival])).splitlines()
+    head, rule, *lines = layer_report.accuracy_table(pd.DataFrame([ours, rival])).splitlines()
     assert [line.count("|") for line in (head, rule, *lines)] == [8] * 4
 
 
 def test_recorded_rows_of_the_layer_are_sound(recorded_tables):
-    found = speed.latest("layer")
+    found = reports.latest("layer")
     assert len(found) == 0 or found.error.isna().all()
     accuracy = tables.read("layer_accuracy")
     for column, bound in layer.PROMISED.items() if len(accuracy) else ():

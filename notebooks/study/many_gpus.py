@@ -1,7 +1,5 @@
 """What routing takes on two GPUs: tokens sharded, factors sharded, experts owned. One process a GPU, over NCCL.
 
-python notebooks/many_gpus.py    measures, prints what became of the targets, and adds the rows to the table many_gpus
-
 Elsewhere two processes on the CPU do the same over gloo, with small sizes: `rows_of(SMALL, "gloo")`. And any function
 of a notebook runs in such processes: `together(function, ...)`.
 """
@@ -14,14 +12,9 @@ import tempfile
 import time
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
-import speed_study as speed
-import tables
-import timing
 import torch
 import torch.distributed as dist
-from routing_study import BLUE, GREEN, ORANGE
 from torch import multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -29,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from omni_kernels import omni_router, sharded_router
 from omni_kernels.distributed import combine, dispatch
+
+from . import faults, speed, tables, timing
 
 NUM_RANKS = 2
 TOKENS, FACTORS, EXPERTS, LINKS = "tokens sharded", "factors sharded", "experts owned", "messages"
@@ -80,6 +75,7 @@ def measure(again="OMNI_AGAIN" in os.environ):
     try:
         rows = rows_of(FULL, "cpu:gloo,cuda:nccl")
     except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
+        faults.raise_if_machine(error)
         return f"not measured: {str(error).strip().splitlines()[-1]}"
     tables.append("many_gpus", rows)
     return f"{len(rows)} times measured now"
@@ -89,7 +85,7 @@ def rows_of(sizes, backend):
     """The rows of the table, measured by processes of their own."""
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(_run, (sizes, backend, folder), NUM_RANKS)
-        return json.loads((pathlib.Path(folder) / "rows").read_text())
+        return json.loads((pathlib.Path(folder) / "rows").read_text(encoding="utf-8"))
 
 
 def _run(rank, sizes, backend, folder):
@@ -102,7 +98,7 @@ def _run(rank, sizes, backend, folder):
     rows += [row for n in sizes.factors for row in _factors_sharded(mesh, sizes, n)]
     rows += _experts_owned(mesh, sizes) + _messages(mesh, sizes)
     if rank == 0:
-        (pathlib.Path(folder) / "rows").write_text(json.dumps(rows))
+        (pathlib.Path(folder) / "rows").write_text(json.dumps(rows), encoding="utf-8")
     dist.destroy_process_group()
 
 
@@ -303,71 +299,3 @@ class Sent(TorchDispatchMode):
         if "c10d_functional" in function.namespace and "all_" in str(function):
             self.bytes += args[0].numel() * args[0].element_size()
         return function(*args, **(kwargs or {}))
-
-
-# --- reading the table ---
-
-
-def targets_table(rows):
-    """What became of the targets, of one GPU's last run."""
-    lines, times = [], rows.drop_duplicates(["case", "num_expert_sqrt", "rival"], keep="last")
-    times = times.set_index(["case", "num_expert_sqrt", "rival"]).us
-    for case, n, ours, other, reach, stretch in TARGETS:
-        if (case, n, ours) in times.index and (case, n, other) in times.index:
-            us, other_us = times[case, n, ours], times[case, n, other]
-            lines.append((case, str(n), ours, speed.microseconds(us), other, speed.microseconds(other_us),
-                          speed.number(us / other_us, ".2f"), str(reach), str(stretch or "")))  # fmt: skip
-    return speed.markdown(["case", "N", "", "µs", "over", "µs", "times", "reach", "stretch"], lines)
-
-
-def link_table(rows):
-    """What travels between two GPUs, and how fast."""
-    rows = rows[rows.case.eq(LINKS) | rows.rival.isin([LINK, SPREAD])]
-    lines = []
-    for row in rows.itertuples():
-        speeds = f"{1e3 * row.megabytes / row.us:.3g}"
-        lines.append((row.rival, f"{row.megabytes:,.3g}", speed.microseconds(row.us), speeds, row.check))
-    return speed.markdown(["", "a GPU sends, MB", "µs", "GB/s, each way", "result"], lines)
-
-
-def draw_targets(rows):
-    """Pairs of bars, what is compared and what with, and how many times the one is the other; a panel for each GPU."""
-    figure, panels = speed.panel_for_each_gpu(rows, width=9, height=5)
-    for axes, (gpu, group) in zip(panels, rows.groupby("gpu", sort=False), strict=True):
-        times = group.drop_duplicates(["case", "num_expert_sqrt", "rival"], keep="last")
-        times, labels = times.set_index(["case", "num_expert_sqrt", "rival"]).us, []
-        for case, n, ours, other, reach, _ in TARGETS:
-            if (case, n, ours) not in times.index or (case, n, other) not in times.index:
-                continue
-            place = len(labels)
-            for offset, name, color in ((-0.2, ours, GREEN), (0.2, other, ORANGE)):
-                axes.barh(place + offset, times[case, n, name], height=0.38, color=color)
-                axes.text(times[case, n, name], place + offset, f" {name}", va="center", fontsize=8)
-            ratio = times[case, n, ours] / times[case, n, other]
-            labels.append(f"{case}, N = {n}\n{ratio:.2f}×, to reach {reach}×")
-        axes.set_yticks(range(len(labels)), labels, fontsize=8)
-        axes.set(xscale="log", xlabel="µs", title=gpu, xlim=(times.min() / 2, times.max() * 20))
-        axes.invert_yaxis()
-        axes.grid(False, axis="y")
-    return speed.finish(figure)
-
-
-def draw_link(rows):
-    """The time of a message against its size, and what becomes of it when something else travels too."""
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for gpu, group in rows.groupby("gpu", sort=False):
-        messages = group[group.case == LINKS].sort_values("megabytes")
-        axes.plot(messages.megabytes, messages.us, marker="o", color=BLUE, label=f"all-to-all, {gpu}")
-        for name, color in ((LINK, ORANGE), (SPREAD, GREEN)):
-            points = group[group.rival == name]
-            axes.scatter(points.megabytes, points.us, color=color, label=f"{name}, {gpu}", zorder=3)
-    axes.set(xscale="log", yscale="log", xlabel="MB that a GPU sends to the other", ylabel="µs")
-    axes.legend(fontsize=8)
-    return speed.finish(figure)
-
-
-if __name__ == "__main__":
-    print(measure())
-    found = tables.of_setting("many_gpus")
-    if len(found):
-        print(targets_table(found))

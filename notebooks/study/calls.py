@@ -4,23 +4,21 @@ import functools
 import os
 
 import numpy as np
-import speed_study as speed
-import tables
-import timing
 import torch
-from binaries import binary_of
-from routing_study import BLUE, GREEN, ORANGE, RED
 
 from omni_kernels import explain, factored, omni_router
 from omni_kernels.backward import backward
 from omni_kernels.checks import check
 from omni_kernels.factored.plan import Launch, launch
 
+from . import faults, rivals, speed, tables, timing
+from .binaries import binary_of
+
 CASE = speed.MAIN._replace(num_tokens=1024)
 ROUNDS = 15  # all calls in turn in each
 
 ADD, TOPK, TIMES_ONE, COMPILED_ADD = "x + y", f"x.topk({CASE.k})", "x * 1", "x + y, compiled"
-OMNI, FACTORED, PUBLIC, COMPILED = speed.OMNI, speed.FACTORED, speed.PUBLIC, "omni_router, compiled"
+OMNI, FACTORED, PUBLIC, COMPILED = rivals.OMNI, rivals.FACTORED, rivals.PUBLIC, "omni_router, compiled"
 PLAIN, WITH_GRADIENT, BACKWARD, BOTH = "no gradient", "with gradient", "backward alone", "forward + backward"
 
 # Which time of omni_router is compared with which of PyTorch's.
@@ -43,8 +41,8 @@ def calls(x, y, k):
         TOPK: lambda: x.topk(k),
         **differentiated(TIMES_ONE, lambda x: (x * 1,), x),
         **differentiated(OMNI, lambda x, y: omni_router(x, y, k), x, y),
-        **differentiated(FACTORED, lambda x, y: speed.product_keys(x, y, k, torch.topk), x, y),
-        **differentiated(PUBLIC, lambda x, y: speed.public_kernels(x, y, k), x, y),
+        **differentiated(FACTORED, lambda x, y: rivals.product_keys(x, y, k, torch.topk), x, y),
+        **differentiated(PUBLIC, lambda x, y: rivals.public_kernels(x, y, k), x, y),
         COMPILED_ADD: lambda: add(x, y),
         **compiled,
     }
@@ -110,58 +108,9 @@ def rows_of(x, y, num_rounds=ROUNDS):
     subjects |= {name: ("part", call) for name, call in parts(x, y, CASE.k).items()}
     unknown = dict.fromkeys([*speed.QUANTILES, "binary", "error"])
     rows = {name: {"rival": name, "kind": kind, **CASE._asdict(), **unknown,
-                   **speed.attempt(lambda call=call: {"binary": binary_of(call)})}
+                   **faults.attempt(lambda call=call: {"binary": binary_of(call)})}
             for name, (kind, call) in subjects.items()}  # fmt: skip
     works = {name: call for name, (_, call) in subjects.items() if not rows[name]["error"]}
     for name, times in timing.rounds_us(works, num_rounds).items():
         rows[name] |= zip(speed.QUANTILES, np.quantile(times, list(speed.QUANTILES.values())).tolist(), strict=True)
     return list(rows.values())
-
-
-# --- reading the table ---
-
-
-def calls_table(rows):
-    """Every call of one GPU."""
-    return _table(rows[rows.kind == "call"], "call")
-
-
-def parts_table(rows):
-    """The parts of a call of one GPU."""
-    return _table(rows[rows.kind == "part"], "part")
-
-
-def _table(rows, kind):
-    lines = [(f"`{row.rival}`" if row.rival in (ADD, TOPK) else row.rival,
-              row.error if isinstance(row.error, str) else speed.microseconds(row.us),
-              f"{speed.microseconds(row.us_10)} to {speed.microseconds(row.us_90)}")
-             for row in rows.itertuples()]  # fmt: skip
-    return speed.markdown([kind, "µs", "10% to 90% of the rounds"], lines)
-
-
-def ratios_table(rows):
-    """omni_router beside what PyTorch takes, of one GPU, and how many times that it is."""
-    times = rows.set_index("rival").us
-    lines = [(ours, speed.microseconds(times[ours]), other, speed.microseconds(times[other]),
-              speed.number(times[ours] / times[other], ".2f"))
-             for ours, other in RATIOS.items()]  # fmt: skip
-    return speed.markdown([f"a call, {CASE.num_tokens} tokens, N = {CASE.num_expert_sqrt}, k = {CASE.k}, {CASE.dtype}",
-                           "µs", "over", "µs", "times"], lines)  # fmt: skip
-
-
-def draw_calls(rows):
-    """A bar for every call; a panel for every GPU."""
-    rows = rows[rows.kind == "call"].dropna(subset="us")
-    figure, panels = speed.panel_for_each_gpu(rows, width=7.5, height=5.2)
-    colors = {OMNI: GREEN, COMPILED: GREEN, FACTORED: ORANGE, PUBLIC: RED}
-    for axes, (gpu, group) in zip(panels, rows.groupby("gpu", sort=False), strict=True):
-        places = np.arange(len(group))
-        families = group.rival.map(lambda name: name.rsplit(", ", 1)[0])
-        axes.barh(places, group.us, color=[colors.get(name, BLUE) for name in families], height=0.75)
-        for place, us in zip(places, group.us, strict=True):
-            axes.text(us, place, f" {speed.microseconds(us)}", va="center", fontsize=9)
-        axes.set(xlabel="µs a call, as the host issues it", title=gpu, xlim=(0, group.us.max() * 1.12))
-        axes.set_yticks(places, group.rival)
-        axes.invert_yaxis()
-        axes.grid(False, axis="y")
-    return speed.finish(figure)

@@ -1,4 +1,4 @@
-"""What notebook 05 measures and draws: the router inside its layer, from logits to probabilities and back.
+"""What notebook 05 measures: the router inside its layer, from logits to probabilities and back.
 
 The rival is what layers do without `normalize`: log-softmax of both factors in fp32, the router, exp. Whose results are
 not right is not timed.
@@ -7,21 +7,16 @@ not right is not timed.
 import functools
 import os
 
-import calls
-import matplotlib.pyplot as plt
 import numpy as np
-import seaborn as sns
-import speed_study as speed
-import tables
-import timing
 import torch
 import torch.nn.functional as F
-from binaries import binary_of
-from routing_study import BLUE, GREEN, ORANGE, RED
-from speed_study import CASE, DTYPES, Case, microseconds, number, share
-from tqdm import tqdm
 
 from omni_kernels import adaptive_router, omni_router
+
+from . import calls, faults, speed, tables, timing
+from .binaries import binary_of
+from .progress import tqdm
+from .rivals import CASE, DTYPES, Case
 
 MAIN = speed.MAIN
 CASES = [
@@ -41,6 +36,7 @@ CLOSE = 1e-5  # of what is compared, besides a rounding of its dtype
 ACCURACY_CASES = [Case(4096, num_expert_sqrt, 16, "fp32") for num_expert_sqrt in (256, 1024)]
 SCALES = (0.1, 1.0, 4.0, 16.0, 64.0)  # standard deviations of the logits
 PROMISED = {"probability_error": 2e-6, "log_error": 1e-6}  # of its value; of max(1, its size)
+
 
 # --- what is right ---
 
@@ -159,7 +155,7 @@ def measure(again="OMNI_AGAIN" in os.environ):
     known = set() if again else tables.last_keys(tables.of_setting("layer"), ["rival", *CASE])
     done = []
     for case in tqdm(CASES, "layer", unit="case", leave=False):
-        rows = speed.attempt(rows_of, case, known)
+        rows = faults.attempt(rows_of, case, known)
         if isinstance(rows, dict):
             done.append(f"{' '.join(map(str, case))}: {rows['error']}")
         elif rows:
@@ -186,16 +182,16 @@ def rows_of(case, known=frozenset()):
         rows[name] = {"rival": name, **case._asdict(), "floor_us": floor, **limits, **unknown}
     for name in (ROUTER, OURS, ADAPTIVE, BACKWARD):  # the others belong to PyTorch's version
         call, tensors = timed[name]
-        rows[name] |= speed.attempt(lambda call=call, tensors=tensors: {"binary": binary_of(lambda: call(*tensors))})
+        rows[name] |= faults.attempt(lambda call=call, tensors=tensors: {"binary": binary_of(lambda: call(*tensors))})
     if all(tables.key(row, IDENTITY) in known for row in rows.values()):
         return []
 
     want = speed.reference(x, y, case.k)
     for name, (call, tensors) in timed.items():
         if not rows[name]["error"]:
-            rows[name] |= speed.attempt(_checked_and_timed, name, call, tensors, want)
+            rows[name] |= faults.attempt(_checked_and_timed, name, call, tensors, want)
     for name, step in steps.items():
-        failed = speed.attempt(_check_step, step, routes[name.removesuffix(f", {BOTH}")], x, y)
+        failed = faults.attempt(_check_step, step, routes[name.removesuffix(f", {BOTH}")], x, y)
         rows[name] |= failed or {"method": "rounds"}
     works = {name: step for name, step in steps.items() if not rows[name]["error"]}
     for name, times in timing.rounds_us(works, calls.ROUNDS).items():
@@ -247,142 +243,3 @@ def launch_accuracy():
     """Launches what `measure_accuracy` measures."""
     for case in ACCURACY_CASES:
         errors_of(case, 1.0)
-
-
-def accuracy_table(rows):
-    """Errors as multiples of 10⁻⁶."""
-    columns = [*PROMISED, "log_error_absolute"]
-    lines = [(number(row.scale, "g"), row.num_expert_sqrt, row.k, f"`{row.rival}`" if row.rival == OURS else row.rival,
-              *(number(1e6 * getattr(row, column), ".2f") for column in columns))
-             for row in rows.itertuples()]  # fmt: skip
-    return speed.markdown(["logits' scale", "N", "k", "route", "largest error of a probability, of its value, 10⁻⁶",
-                           "of a log-probability, of max(1, its size), 10⁻⁶", "the same, absolute, 10⁻⁶"],
-                          lines)  # fmt: skip
-
-
-# --- reading the table ---
-
-
-def _times_of_cases(rows):
-    """Every case of one GPU with the times of all that was measured in it, NaN of what failed."""
-    for case, group in rows.groupby(CASE, sort=False):
-        times = group.set_index("rival").us
-        yield Case(*case), lambda name, times=times: times.get(name, np.nan), group.set_index("rival").floor_us
-
-
-def _sizes(case):
-    return f"{case.num_tokens:,}", case.num_expert_sqrt
-
-
-def _head(rows):
-    return [f"tokens (k = {rows.k.iloc[0]}, {rows.dtype.iloc[0]})", "N"]
-
-
-def forward_table(rows):
-    lines = []
-    for case, us, floor in _times_of_cases(rows):
-        lines.append((*_sizes(case), *map(microseconds, (floor[OURS], us(ROUTER), us(OURS))),
-                      number(us(OURS) / us(ROUTER), ".2f"), *map(microseconds, (us(EAGER), us(COMPILED), us(ADAPTIVE))),
-                      number(us(ADAPTIVE) / us(OURS), ".2f")))  # fmt: skip
-    return speed.markdown([*_head(rows), "floor, µs", "router alone, µs", f"`{OURS}`, µs", "over the router",
-                           f"{EAGER}, µs", "compiled, µs", f"`adaptive_router`, top_p = {TOP_P}, µs",
-                           f"over `{OURS}`"], lines)  # fmt: skip
-
-
-def backward_table(rows):
-    lines = [(*_sizes(case), microseconds(floor[BACKWARD]), microseconds(us(BACKWARD)),
-              share(floor[BACKWARD], us(BACKWARD)))
-             for case, us, floor in _times_of_cases(rows)]  # fmt: skip
-    return speed.markdown([*_head(rows), "floor, µs", f"backward of `{OURS}`, µs", "of the floor's speed"], lines)
-
-
-def steps_table(rows):
-    lines = []
-    for case, us, _ in _times_of_cases(rows):
-        ours, eager, compiled = (us(f"{name}, {BOTH}") for name in COMPARED)
-        lines.append((*_sizes(case), *map(microseconds, (ours, eager, compiled)), number(ours / eager, ".2f"),
-                      number(ours / compiled, ".2f")))  # fmt: skip
-    return speed.markdown([*_head(rows), f"`{OURS}`, µs", f"{EAGER}, µs", "compiled, µs", "ours over eager",
-                           "ours over compiled"], lines)  # fmt: skip
-
-
-def layer_table(rows):
-    """The short one, for README."""
-    lines = []
-    for case, us, _ in _times_of_cases(rows):
-        steps = [us(f"{name}, {BOTH}") for name in COMPARED]
-        lines.append((*_sizes(case), *map(microseconds, (us(ROUTER), us(OURS), us(EAGER), us(COMPILED), *steps)),
-                      number(steps[0] / steps[2], ".2f")))  # fmt: skip
-    return speed.markdown([*_head(rows), "router alone, µs", f"`{OURS}`, µs", f"{EAGER}, µs", "compiled, µs",
-                           f"forward + backward of `{OURS}`, µs", f"of {EAGER}, µs", "compiled, µs",
-                           "ours over compiled"], lines)  # fmt: skip
-
-
-def adaptive_table(rows):
-    lines = [(row.rival, f"{row.value:g}", f"{row.experts:.2f}", f"{row.loss:.4f}") for row in rows.itertuples()]
-    return speed.markdown(["rule", "its number", "experts a token, mean", "loss, nats a byte"], lines)
-
-
-# --- pictures ---
-
-STACKS = {
-    "before": [GATES, LOG_SOFTMAX, LATER_ROUTER, EXP],
-    "before,\ncompiled": [GATES, COMPILED],
-    "after": [GATES, OURS],
-}
-COLORS = {GATES: "0.75", LOG_SOFTMAX: ORANGE, LATER_ROUTER: BLUE, EXP: RED, COMPILED: sns.light_palette(ORANGE)[3],
-          OURS: GREEN}  # fmt: skip
-
-
-def draw_layer(rows):
-    """What a layer takes from hidden states to weights and experts, before and after: a row of panels for every GPU, a
-    panel for every N."""
-    rows = rows[rows.num_tokens == MAIN.num_tokens]
-    groups = list(rows.groupby(["gpu", "num_expert_sqrt"], sort=False))
-    columns = rows.num_expert_sqrt.nunique()
-    height = len(groups) // columns
-    figure, panels = plt.subplots(height, columns, figsize=(5.4 * columns, 2.9 * height), squeeze=False)
-    for axes, ((gpu, size), group) in zip(panels.flat, groups, strict=True):
-        times, labeled = group.set_index("rival").us, set()
-        for place, names in enumerate(STACKS.values()):
-            ends = np.cumsum([times[name] for name in names])
-            for name, end in zip(names, ends, strict=True):
-                label = None if name in labeled else name
-                axes.barh(place, times[name], left=end - times[name], color=COLORS[name], height=0.7, label=label)
-                labeled.add(name)
-            axes.text(ends[-1], place, f" {microseconds(ends[-1])}", va="center", fontsize=9)
-        axes.set_yticks(range(len(STACKS)), STACKS)
-        axes.invert_yaxis()
-        axes.grid(False, axis="y")
-        axes.margins(x=0.12)
-        axes.set(xlabel=f"µs of kernels, forward, {MAIN.num_tokens:,} tokens, k = {MAIN.k}", title=f"{gpu}, N = {size}")
-    handles, labels = panels.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8, ncol=3, loc="upper center", bbox_to_anchor=(0.5, 0))
-    return speed.finish(figure)
-
-
-def draw_adaptive(rows):
-    """Loss on unseen text against the experts that a token runs: fixed k, and as many as it needs."""
-    figure, axes = plt.subplots(figsize=(7, 4.2))
-    for (name, group), (color, marker) in zip(
-        rows.groupby("rival", sort=False), ((ORANGE, "s"), (BLUE, "^"), (RED, "v"), (GREEN, "o")), strict=False
-    ):
-        axes.plot(group.experts, group.loss, color=color, marker=marker, label=name)
-        for row in group.itertuples():
-            axes.annotate(f"{row.value:g}", (row.experts, row.loss), (4, 4), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="experts a token runs in a layer, mean", ylabel="loss on unseen text, nats a byte")
-    axes.legend()
-    return speed.finish(figure)
-
-
-def draw_text(rows):
-    """How many experts each byte of a stretch of text runs, a row of bars for every layer."""
-    layers = rows.groupby("layer", sort=False)
-    figure, panels = plt.subplots(len(layers), 1, figsize=(11, 1.9 * len(layers)), sharex=True, squeeze=False)
-    for axes, (layer, group) in zip(panels[:, 0], layers, strict=True):
-        axes.bar(group.position, group.experts, color=GREEN, width=0.8)
-        axes.set(ylabel="experts", title=f"layer {layer}", xlim=(-1, len(group)))
-        letters = [{32: "␣", 10: "↵"}.get(byte, chr(byte)) for byte in group.byte]
-        axes.set_xticks(group.position, letters, family="monospace", fontsize=8)
-        axes.grid(False, axis="x")
-    return speed.finish(figure)

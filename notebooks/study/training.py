@@ -1,37 +1,23 @@
-"""What notebook 04 measures and draws: backward kernels, dtypes to route in, and training runs.
+"""What notebook 04 measures: backward kernels, dtypes to route in, and training runs.
 
-Times, the floor's bandwidth and the way tables are written are notebook 03's (speed_study.py).
+Times, the floor's bandwidth and the way tables are written are notebook 03's (speed.py).
 """
 
 import os
 
-import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
-import seaborn as sns
-import tables
 import torch
-from binaries import binary_of
-from matplotlib.colors import LogNorm
-from routing_study import BLUE, GREEN, ORANGE, RED, save_figure
-from speed_study import (
-    CASE,
-    DTYPES,
-    NO_RESULTS,
-    Case,
-    attempt,
-    describe,
-    limits,
-    markdown,
-    microseconds,
-    share,
-    times_us,
-)
 
 from omni_kernels import backward as kernels
 from omni_kernels import omni_router
 from omni_kernels.original import original_backward
 from omni_kernels.reference import backward_router
+
+from . import tables
+from .binaries import binary_of
+from .faults import attempt
+from .rivals import DTYPES, Case
+from .speed import limits, times_us
 
 
 def plain_backward(grad, indices, num_expert_sqrt):
@@ -42,7 +28,6 @@ def plain_backward(grad, indices, num_expert_sqrt):
 
 SCATTER, ATOMICS, PLAIN, OURS = "PyTorch, scatter_add", "original kernel, atomics", "plain Triton", "shared memory"
 BACKWARDS = {SCATTER: backward_router, ATOMICS: original_backward, PLAIN: plain_backward, OURS: kernels.backward}
-COLORS = dict(zip(BACKWARDS, (ORANGE, RED, BLUE, GREEN), strict=True))
 BACKWARD_CASES = [
     Case(65536, 64, 16, "bf16"), Case(65536, 256, 16, "bf16"), Case(65536, 1024, 16, "bf16"),
     Case(65536, 1024, 64, "bf16"), Case(1048576, 256, 16, "bf16"), Case(1024, 256, 16, "bf16"),
@@ -53,8 +38,6 @@ PRECISION_CASES = [Case(16384, n, k, "fp32") for n, k in ((64, 16), (256, 16), (
 ROUTES = {"fp32": ("fp32", "fp32"), "fp16": ("fp16", "fp16"), "fp16, scores fp32": ("fp16", "fp32"),
           "bf16": ("bf16", "bf16"), "bf16, scores fp32": ("bf16", "fp32")}  # fmt: skip
 RECORD_EVERY = 5  # training steps
-
-# --- tables ---
 
 
 def measure_missing(table, measure, probe):
@@ -69,29 +52,6 @@ def _measure_missing(table, measure, probe):
     binary = binary_of(probe)
     if "OMNI_AGAIN" in os.environ or (binary,) not in tables.last_keys(tables.of_setting(table), [], ["binary"]):
         measure(binary)
-
-
-def recorded(table, *keys):
-    """The rows of a table on this GPU, or else on the one that was measured last, with the last versions; of rows with
-    the same keys the last one."""
-    rows = tables.read(table)
-    if len(rows):
-        here = rows[rows.gpu == tables.setting()["gpu"]]
-        last = here if len(here) else rows[rows.date == rows.date.max()]
-        rows = rows.merge(last[tables.SETTING].tail(1), on=tables.SETTING).drop_duplicates(keys, keep="last")
-    return rows
-
-
-def tell(table, write, *keys):
-    """A recorded table as Markdown, `write(rows)` under a line that says what it was measured on."""
-    rows = recorded(table, *keys)
-    return f"{describe(rows)}:\n\n{write(rows)}" if len(rows) else NO_RESULTS
-
-
-def show(name, draw, table, *keys):
-    """Draw a recorded table and keep the picture by name."""
-    rows = recorded(table, *keys)
-    save_figure(draw(rows), name) if len(rows) else print(NO_RESULTS)
 
 
 # --- the backward kernels ---
@@ -159,33 +119,6 @@ def launch_backwards(cases=BACKWARD_CASES, device="cuda"):
             attempt(function, grad, indices, case.num_expert_sqrt)
 
 
-def backward_table(rows):
-    """Every case: the floor, the times, and ours as a share of the floor's speed."""
-    lines = []
-    for case, group in rows.groupby(CASE, sort=False):
-        times, floor = group.set_index("rival").us, group.floor_us.iloc[0]
-        check = group.set_index("rival").check[OURS]
-        times_of = [microseconds(times[name]) for name in BACKWARDS]
-        lines.append((*case, microseconds(floor), *times_of, share(floor, times[OURS]), check))
-    header = ["tokens", "N", "k", "dtype", "floor, µs", *(f"{name}, µs" for name in BACKWARDS)]
-    return markdown([*header, "of the floor's speed", "bits"], lines)
-
-
-def draw_backward(rows):
-    """The share of the floor's speed, a group of bars a case."""
-    figure, axes = plt.subplots(figsize=(9.5, 4))
-    labels = (
-        rows[CASE].astype(str).agg(lambda c: f"{int(c.iloc[0]):,}\nN={c.iloc[1]} k={c.iloc[2]}\n{c.iloc[3]}", axis=1)
-    )
-    data = pd.DataFrame({"case": labels, "rival": rows.rival, "percent": 100 * rows.floor_us / rows.us})
-    sns.barplot(data, x="case", y="percent", hue="rival", palette=COLORS, ax=axes)
-    axes.axhline(100, color="black", linestyle="--", linewidth=1.2)
-    axes.set(xlabel="", ylabel="% of the floor's speed", title=f"Backward, {rows.gpu.iloc[0]}", ylim=(0, 120))
-    axes.legend(fontsize=8, title="", ncol=len(COLORS), loc="upper center")
-    figure.tight_layout()
-    return figure
-
-
 # --- run after run ---
 
 
@@ -217,27 +150,6 @@ def measure_repeats(binary, names=(SCATTER, ATOMICS, OURS), device="cuda", windo
 def launch_repeated():
     """Launches what `measure_repeats` measures."""
     launch_backwards([REPEATED])
-
-
-def repeats_table(rows):
-    lines = [(row.rival, f"{row.numbers:,}", f"{row.moved:,}", f"{row.largest:.2g}") for row in rows.itertuples()]
-    return markdown(["backward", "numbers", "moved between runs", "largest movement"], lines)
-
-
-def draw_repeats(rows):
-    """By how much each number moved between runs, a panel for each backward, on one scale; white: not at all."""
-    names = list(dict.fromkeys(rows.rival))
-    figure, panels = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3.9), layout="constrained")
-    moved = rows.spread[rows.spread > 0]
-    scale = LogNorm(moved.min(), moved.max()) if len(moved) else LogNorm()
-    for axes, name in zip(panels, names, strict=True):
-        image = rows[rows.rival == name].pivot(index="token", columns="column", values="spread")
-        image = np.ma.masked_equal(image.to_numpy(), 0)
-        drawn = axes.imshow(image, cmap="rocket_r", norm=scale, aspect="auto", interpolation="nearest")
-        axes.set(title=name, xlabel="column of the gradient", ylabel="token")
-        axes.grid(False)
-    figure.colorbar(drawn, ax=panels, label="largest − smallest of all runs")
-    return figure
 
 
 # --- which dtype to route in ---
@@ -288,37 +200,6 @@ def launch_precision():
         compare_dtypes(case, "cuda")
 
 
-def precision_table(rows):
-    lines = [
-        (row.num_expert_sqrt, row.k, row.rival, f"{100 * row.changed_tokens:.2g}%", f"{100 * row.changed_experts:.2g}%",
-         f"{row.score_error:.2g}", f"{100 * row.grad_error:.2g}%")
-        for row in rows.itertuples()
-    ]  # fmt: skip
-    return markdown(["N", "k", "routed in", "tokens whose experts change", "experts that change", "error of a score",
-                     "error of the gradient"], lines)  # fmt: skip
-
-
-def draw_precision(rows):
-    """What rounding the logits costs: experts that change, and the error of the gradient."""
-    figure, panels = plt.subplots(1, 2, figsize=(9.5, 3.6))
-    rows = rows[rows.rival != "fp32"]
-    case = "N=" + rows.num_expert_sqrt.astype(str) + "\nk=" + rows.k.astype(str)
-    colors = dict(
-        zip(list(ROUTES)[1:], (BLUE, sns.light_palette(BLUE)[3], ORANGE, sns.light_palette(ORANGE)[3]), strict=True)
-    )
-    for axes, column, label in zip(
-        panels, ("changed_experts", "grad_error"), ("experts that change, %", "error of the gradient, %"), strict=True
-    ):
-        data = pd.DataFrame({"case": case, "routed in": rows.rival, label: 100 * rows[column]})
-        sns.barplot(data, x="case", y=label, hue="routed in", palette=colors, ax=axes, legend=axes is panels[0])
-        axes.set(yscale="log", xlabel="")
-    handles, labels = panels[0].get_legend_handles_labels()
-    panels[0].get_legend().remove()
-    figure.legend(handles, labels, fontsize=8, ncol=4, loc="upper center")
-    figure.tight_layout(rect=(0, 0, 1, 0.93))
-    return figure
-
-
 # --- training ---
 
 
@@ -347,31 +228,3 @@ def record_sample(binary, sample):
     """Table training_sample: text that a model wrote."""
     shown = "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in sample)
     tables.append("training_sample", [{"text": shown}], binary=binary)
-
-
-def training_table(rows):
-    lines = [
-        (row.rival, row.steps, f"{row.step_ms:.2f}", f"{row.peak_bytes / 2**20:,.0f}", f"{row.test_loss:.4f}",
-         f"{row.largest_difference:.2g}")
-        for row in rows.itertuples()
-    ]  # fmt: skip
-    return markdown(["router", "steps", "a step, ms", "peak memory, MiB", "loss on unseen text, nats a byte",
-                     "largest difference of a step's loss"], lines)  # fmt: skip
-
-
-def draw_training(rows):
-    """Left the loss of every run, right the experts that a batch of the first run uses."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
-    styles = zip(dict.fromkeys(rows.rival), (GREEN, RED, BLUE), ((), (4, 3), (1, 3)), (4, 1.8, 1.8), strict=False)
-    for name, color, dashes, width in styles:
-        run = rows[rows.rival == name]
-        left.plot(run.step, run.loss, color=color, linewidth=width, dashes=dashes or (None, None), label=name)
-    left.set(xlabel="training step", ylabel="loss, nats a byte", title="Loss")
-    left.legend(fontsize=8)
-    first = rows[rows.rival == rows.rival.iloc[0]]
-    for column, color in zip([c for c in rows if c.startswith("experts_")], (BLUE, ORANGE), strict=False):
-        right.plot(first.step, first[column], color=color, linewidth=2, label=f"layer {column[-1]}")
-    right.set(xlabel="training step", ylabel="experts used by a batch", title="Experts in use", ylim=(0, None))
-    right.legend(fontsize=8)
-    figure.tight_layout()
-    return figure

@@ -1,14 +1,15 @@
 """Measured tables: a CSV file for each table and GPU, figures/data/<gpu>/<table>.csv, whose rows say what they are of.
 
 The committed tables are the recorded ones. A run adds its own rows beside the executed notebooks, or with
-`study.py --update` to the recorded ones; reading sees both. A row's `binary` names the kernels that it is of
+`--update` to the recorded ones; reading sees both. A row's `binary` names the kernels that it is of
 (binaries.py), and `commit` and `date` say when they were measured.
 """
 
 import datetime
+import errno
 import functools
+import io
 import os
-import pathlib
 import re
 import subprocess
 
@@ -16,10 +17,9 @@ import pandas as pd
 import torch
 import triton
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
-RECORDED = REPOSITORY / "figures" / "data"
-# study.py --update points this at figures/; anything else leaves the committed pictures and tables alone.
-FIGURES = pathlib.Path(os.environ.get("OMNI_FIGURES") or REPOSITORY / "study-output" / "figures").resolve()
+from .files import COMMITTED, FIGURES, REPOSITORY, check_room, ctrl_c_ignored, locked, replacing, say_where
+
+RECORDED = COMMITTED / "data"
 DATA = FIGURES / "data"
 SETTING = ["gpu", "torch", "triton"]  # what a row was measured on, besides what it is a row of
 
@@ -31,7 +31,7 @@ def setting():
     commit = os.environ.get("OMNI_COMMIT")  # for copies that have no history of their own
     if not commit:
         try:
-            commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+            commit = subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             commit = "unknown"
     return {
@@ -44,14 +44,29 @@ def setting():
 
 
 def read(table):
-    """All rows of a table, of every GPU, those of this run last. An empty table where nobody measured."""
+    """All rows of a table, of every GPU, those of this run last. An empty table where nobody measured.
+
+    Raises:
+        OSError: a file is empty, cut or no table; the message names it.
+    """
     folders = dict.fromkeys([RECORDED, DATA])
     paths = [path for folder in folders for path in sorted(folder.glob(f"*/{table}.csv"))]
     return pd.concat(map(_read, paths), ignore_index=True) if paths else pd.DataFrame()
 
 
 def _read(path):
-    return pd.read_csv(path, dtype=dict.fromkeys([*SETTING, "binary", "commit"], str))  # a hash may look like a number
+    text = path.read_bytes()
+    if not text.endswith(b"\n"):
+        raise OSError(errno.EBADMSG, "The table is cut" if text else "The table is empty", str(path))
+    try:
+        types = dict.fromkeys([*SETTING, "binary", "commit"], str)  # a hash may look like a number
+        rows = pd.read_csv(io.BytesIO(text), dtype=types, encoding="utf-8")
+        whole = rows[SETTING].notna().all(axis=None)
+    except (ValueError, KeyError) as error:
+        raise OSError(errno.EBADMSG, f"This is no table: {' '.join(str(error).split())}", str(path)) from error
+    if not whole:
+        raise OSError(errno.EBADMSG, "A row of the table is cut", str(path))
+    return rows
 
 
 def of_setting(table, columns=SETTING):
@@ -75,22 +90,46 @@ def last_keys(rows, case, found=("binary", "error")):
 
 
 def append(table, rows, folder=None, **common):
-    """Add rows (dictionaries) to this run's table of this GPU. The file is replaced whole, so a fault loses nothing.
+    """Add rows (dictionaries) to this run's table of this GPU. The file is replaced whole, so a fault loses nothing;
+    processes take turns, so that none loses another's rows.
 
     `folder` takes the place of the GPU's where no GPU made the rows; all rows have what is `common`.
 
     Raises:
-        OSError: the folder cannot be written to; the message names it.
+        OSError: the table cannot be written, or not be read before; the message names it.
     """
     gpu = re.sub(r"[^a-z0-9]+", "-", setting()["gpu"].lower()).strip("-")
     path = DATA / (folder or gpu) / f"{table}.csv"
+    say_where()
     path.parent.mkdir(parents=True, exist_ok=True)
     new = pd.DataFrame([{**row, **common, **setting()} for row in rows])
-    whole = pd.concat([_read(path), new], ignore_index=True) if path.exists() else new
-    partial = path.with_suffix(".partial")
-    try:
-        whole.to_csv(partial, index=False)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    with locked(path.parent), replacing(path) as partial:
+        whole = pd.concat([_read(path), new], ignore_index=True) if path.exists() else new
+        whole.to_csv(partial, index=False, encoding="utf-8")
+
+
+class recording:
+    """Keeps the rows it is called with, and writes them to a table as they come, every few and at the end; so that
+    neither Ctrl-C nor an error loses them. To no table where its name is None."""
+
+    def __init__(self, table, folder=None):
+        self.table, self.folder, self.rows, self.written = table, folder, [], 0
+
+    def __enter__(self):
+        if self.table:
+            check_room(DATA)  # raises now what writing would raise after the work
+        return self
+
+    def __call__(self, row):
+        self.rows.append(row)
+        if len(self.rows) - self.written >= 50:
+            self.write()
+
+    def __exit__(self, *_):
+        with ctrl_c_ignored():
+            self.write()
+
+    def write(self):
+        if self.table and self.written < len(self.rows):
+            append(self.table, self.rows[self.written :], self.folder)
+        self.written = len(self.rows)

@@ -1,62 +1,16 @@
-"""What the notebooks share: the text they route, the tables they print and the pictures they draw."""
-
-import pydoc_data.topics
+"""The pictures of notebook 01: what a token is scored, where its winners are, where gradients go."""
 
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
-import torch
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
-from tables import FIGURES
 
-from omni_kernels import brute_force_router, factored_router
+from omni_kernels import brute_force_router
 
-BLUE, ORANGE, GREEN, RED = (sns.color_palette("colorblind")[i] for i in (0, 1, 2, 3))
-SCORES = sns.light_palette(BLUE, as_cmap=True)
+from .pictures import BLUE, ORANGE, RED, SCORES
+
 WINNER = {"fill": False, "edgecolor": ORANGE, "linewidth": 2.2}
-
-sns.set_theme(style="whitegrid", palette="colorblind", font_scale=0.95)
-plt.rcParams.update({"figure.dpi": 100, "savefig.dpi": 150, "axes.titleweight": "bold", "axes.titlelocation": "left"})
-
-
-def text_bytes(num_tokens, start=2000):
-    """Bytes of a text that ships with every Python: its language reference. One byte is one token."""
-    text = "\n".join(pydoc_data.topics.topics.values()).encode()
-    return torch.tensor(list(text[start : start + num_tokens]))
-
-
-def text_logits(tokens, num_expert_sqrt, dtype=torch.float32, device="cpu", width=32):
-    """Logits of a freshly initialised gate pair: embed each byte, project it twice, take the log-softmax.
-
-    Made on the CPU from a fixed seed, so that every device routes the same numbers.
-    """
-    generator = torch.Generator().manual_seed(0)
-    embedding = torch.randn(256, width, generator=generator)
-    gates = torch.randn(2, width, num_expert_sqrt, generator=generator) / width**0.5
-    logits = (embedding[tokens] @ gates).log_softmax(-1)
-    return tuple(logits.to(device, dtype))
-
-
-def same_result(route, x, y, k):
-    """Whether a router returns the definition's scores and indices, bit for bit."""
-    got, want = route(x, y, k), brute_force_router(x, y, k)
-    return "equal" if all(map(torch.equal, got, want)) else "UNEQUAL"
-
-
-def show_table(rows, columns, cell):
-    """Prints cell(row, column) for every pair of the values of two dictionaries, named by their keys."""
-    first, width = max(map(len, rows)) + 2, max(9, *(len(name) + 2 for name in columns))
-    print(" " * first + "".join(name.rjust(width) for name in columns))
-    for name, row in rows.items():
-        print(name.ljust(first) + "".join(str(cell(row, column)).rjust(width) for column in columns.values()))
-
-
-def save_figure(figure, name):
-    """Keeps the picture as a file; the notebook shows it as well."""
-    FIGURES.mkdir(parents=True, exist_ok=True)
-    figure.savefig(FIGURES / f"{name}.png", bbox_inches="tight")
-    plt.show()
 
 
 def draw_score_grid(x, y, k, title):
@@ -130,39 +84,6 @@ def draw_losses(losses):
     sns.despine(ax=axes)
     figure.tight_layout()
     return figure
-
-
-def train_next_byte(backward, num_steps=150, num_expert_sqrt=16, k=8, batch=256, width=32):
-    """Trains a small mixture of experts to predict the next byte; `backward` is what turns the gradient of the scores
-    into the gradients of the two logit vectors. Returns the loss of every step."""
-
-    class Route(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, y):
-            scores, indices = factored_router(x, y, k)
-            ctx.save_for_backward(indices)
-            ctx.mark_non_differentiable(indices)
-            return scores, indices
-
-        @staticmethod
-        def backward(ctx, grad_scores, _):
-            return backward(grad_scores, ctx.saved_tensors[0], num_expert_sqrt)
-
-    torch.manual_seed(0)
-    embedding, experts = torch.randn(256, width), torch.randn(num_expert_sqrt**2, width)
-    gates, head = torch.randn(2, width, num_expert_sqrt) / width**0.5, torch.randn(width, 256) / width**0.5
-    weights = [weight.requires_grad_() for weight in (embedding, experts, gates, head)]
-    optimizer = torch.optim.Adam(weights, lr=0.01)
-    losses = []
-    for tokens in text_bytes(num_steps * batch).split(batch):
-        scores, indices = Route.apply(*(embedding[tokens[:-1]] @ gates).log_softmax(-1))
-        hidden = (scores.softmax(-1)[..., None] * experts[indices.long()]).sum(1)
-        loss = torch.nn.functional.cross_entropy(hidden @ head, tokens[1:])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
 
 
 def _grid_with_margins():

@@ -1,36 +1,34 @@
 """What compiling and tuning cost: first calls in fresh processes, with an empty cache on disk and with a warm one.
 
-Each of the processes runs this file, with a rival and a case, and calls when it is sent a line.
+Each of the processes runs this module, with a rival and a case, and calls when it is sent a line.
 """
 
 import argparse
 import json
-import math
 import os
-import pathlib
 import subprocess
 import sys
 import tempfile
 import time
 
-import speed_study as speed
-import tables
-import timing
 import torch
-from binaries import binary_of
-from tqdm import tqdm
+
+from . import rivals, speed, tables, timing
+from .binaries import binary_of
+from .files import NOTEBOOKS
+from .progress import tqdm
 
 CALLS = [
-    *((speed.OMNI, case) for case in (speed.MAIN._replace(num_tokens=16), speed.MAIN, speed.MAIN._replace(k=128),
+    *((rivals.OMNI, case) for case in (speed.MAIN._replace(num_tokens=16), speed.MAIN, speed.MAIN._replace(k=128),
                                       speed.FP32, speed.FP32._replace(k=32))),
     # Those that compile longest, and the longest rows.
-    *((speed.OMNI, speed.Case(16, *case)) for case in ((1024, 31, "fp32"), (512, 32, "fp32"), (1000, 31, "fp16"),
+    *((rivals.OMNI, rivals.Case(16, *case)) for case in ((1024, 31, "fp32"), (512, 32, "fp32"), (1000, 31, "fp16"),
                                                        (300, 127, "fp16"), (300, 127, "fp32"), (46340, 64, "fp32"))),
-    *((name, speed.Case(1024, num_expert_sqrt, 16, "bf16")) for num_expert_sqrt in (64, 256)
-      for name in (speed.OPTIMIZED, speed.ORIGINAL, speed.PUBLIC)),
+    *((name, rivals.Case(1024, num_expert_sqrt, 16, "bf16")) for num_expert_sqrt in (64, 256)
+      for name in (rivals.OPTIMIZED, rivals.ORIGINAL, rivals.PUBLIC)),
 ]  # fmt: skip
 SECONDS = 10  # that a call takes, as a rule, cold and warm
-PROGRAM = pathlib.Path(__file__).resolve()
+PROGRAM = ["-m", "study.first_calls"]
 
 
 def measure(again="OMNI_AGAIN" in os.environ):
@@ -43,7 +41,7 @@ def measure(again="OMNI_AGAIN" in os.environ):
     if not torch.cuda.is_available():
         return "not measured: no GPU here"
     known = tables.of_setting("first_calls", [*tables.SETTING, "commit"])
-    known = set() if again else tables.last_keys(known, ["rival", *speed.CASE, "cache"], [])
+    known = set() if again else tables.last_keys(known, ["rival", *rivals.CASE, "cache"], [])
     work = [(name, case) for name, case in CALLS if (name, *case, "warm") not in known]
     print(f"{len(work)} first calls, each cold and warm: about {len(work) * SECONDS} s")
     for row in tqdm(rows_of(work), "first calls", 2 * len(work), leave=False):
@@ -60,6 +58,8 @@ def rows_of(work):
             processes = [_start(name, case, f"{folder}/{number}") for number, (name, case) in enumerate(work)]
             for process, (name, case) in zip(processes, work, strict=True):
                 output, fault = process.communicate(f"{cache}\n")
+                if process.returncode == os.EX_IOERR:
+                    raise OSError(fault.strip().splitlines()[-1])
                 failed = process.returncode != 0
                 last = ((fault if failed else output).strip().splitlines() or ["no output"])[-1]
                 found = {"error": last[:120]} if failed else json.loads(last)
@@ -67,9 +67,13 @@ def rows_of(work):
 
 
 def _start(name, case, cache):
-    environment = os.environ | {"TRITON_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join(sys.path)}
-    pipes = {**dict.fromkeys(["stdin", "stdout", "stderr"], subprocess.PIPE), "text": True}
-    return subprocess.Popen([sys.executable, PROGRAM, name, *map(str, case)], env=environment, **pipes)
+    environment = os.environ | {
+        "TRITON_CACHE_DIR": cache,
+        "PYTHONPATH": os.pathsep.join([str(NOTEBOOKS), *sys.path]),
+        "PYTHONUTF8": "1",
+    }
+    pipes = {**dict.fromkeys(["stdin", "stdout", "stderr"], subprocess.PIPE), "encoding": "utf-8"}
+    return subprocess.Popen([sys.executable, *PROGRAM, name, *map(str, case)], env=environment, **pipes)
 
 
 def call(name, case):
@@ -79,7 +83,7 @@ def call(name, case):
 
     def seconds(x, y):
         start = time.perf_counter()
-        speed.RIVALS[name].route(x, y, case.k)
+        rivals.RIVALS[name].route(x, y, case.k)
         torch.cuda.synchronize()
         return time.perf_counter() - start
 
@@ -91,41 +95,23 @@ def call(name, case):
     if cache == "warm":
         timing.settle()
     found["other_s" if cache == "cold" else "later_s"] = seconds(*others)
-    return found | {"binary": binary_of(lambda: speed.RIVALS[name].route(*some, case.k))}
-
-
-def table(rows):
-    """First calls of one GPU with an empty and with a warm cache on disk, and what another token count costs after the
-    first of them: at once, and when what the first has left to the background is compiled."""
-    lines = []
-    for (name, *case), group in rows.groupby(["rival", *speed.CASE], sort=False):
-        by_cache = group.set_index("cache").reindex(["cold", "warm"])
-        cold, warm = by_cache.loc["cold"], by_cache.loc["warm"]
-        if isinstance(cold.error, str):
-            lines.append((name, *case, cold.error, *"–" * 4))
-            continue
-        first, again, at_once, later = map(_duration, (cold.first_s, warm.first_s, cold.other_s, warm.later_s))
-        lines.append((name, *case, first, again, speed.number(cold.other_tokens, ".0f"), at_once, later))
-    return speed.markdown(["rival", "tokens", "N", "k", "dtype", "empty cache", "warm cache", "then with tokens",
-                           "at once", "later"], lines)  # fmt: skip
-
-
-def _duration(seconds):
-    if math.isnan(seconds):
-        return "–"
-    return f"{1e3 * seconds:.2g} ms" if seconds < 0.1 else f"{seconds:.3g} s"
+    return found | {"binary": binary_of(lambda: rivals.RIVALS[name].route(*some, case.k))}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rival", choices=speed.RIVALS)
-    for size in speed.CASE[:3]:
+    parser.add_argument("rival", choices=rivals.RIVALS)
+    for size in rivals.CASE[:3]:
         parser.add_argument(size, type=int)
-    parser.add_argument("dtype", choices=speed.DTYPES)
+    parser.add_argument("dtype", choices=rivals.DTYPES)
     name, *case = vars(parser.parse_args()).values()
     if not torch.cuda.is_available():
         sys.exit("A first call needs a GPU, and PyTorch finds none here.")
-    print(json.dumps(call(name, speed.Case(*case))))
+    try:
+        print(json.dumps(call(name, rivals.Case(*case))))
+    except OSError as error:  # the machine's, not the call's
+        print(error, file=sys.stderr)
+        sys.exit(os.EX_IOERR)
 
 
 if __name__ == "__main__":

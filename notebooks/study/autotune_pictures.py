@@ -1,0 +1,205 @@
+"""Notebook 02's pictures of what the autotune study has measured."""
+
+import math
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+
+from . import pictures, tables
+from .autotune_report import (
+    RECORDED_GPU,
+    correlations,
+    gains,
+    lists_of,
+    of_gpu,
+    paste,
+    problems_of,
+    recorded_rows,
+    regret,
+    times_of,
+    transfer,
+)
+from .configurations import KEY, N2_KERNELS, NAMES, Problem, tile_sizes, title
+from .pictures import BLUE, GREEN, ORANGE, RED, SCORES
+
+
+def draw_heat_map(rows, problem):
+    """Time over the best of the problem, tile against warps, a panel for each number of stages."""
+    group = rows[rows["problem"] == problem]
+    if group["time_us"].isna().all():
+        return None
+    relative = group.assign(relative=group["time_us"] / group["time_us"].min())
+    tiles = sorted(group["tile"].unique(), key=lambda tile: tuple(tile_sizes(tile).values()))
+    names = {tile: " × ".join(map(str, tile_sizes(tile).values())) for tile in tiles}
+    stages = sorted(group["num_stages"].unique())
+    figure, panels = plt.subplots(
+        1, len(stages), figsize=(2.1 * len(stages) + 1.6, 0.27 * len(tiles) + 1.7), sharey=True, squeeze=False
+    )
+    top = np.log2(relative["relative"].max())
+    warps = sorted(group["num_warps"].unique())
+    for count, axes in zip(stages, panels[0], strict=True):
+        cells = relative[relative["num_stages"] == count].pivot(index="tile", columns="num_warps", values="relative")
+        cells = cells.reindex(index=tiles, columns=warps).rename(index=names)
+        sns.heatmap(np.log2(cells), ax=axes, cmap="cividis_r", vmin=0, vmax=max(top, 0.1), cbar=False, annot=cells,
+                    fmt=".3g", annot_kws={"size": 8}, linewidths=0.5)  # fmt: skip
+        axes.set(title=f"{count} stages" if count > 1 else "1 stage", xlabel="warps", ylabel="")
+        axes.tick_params(axis="y", labelrotation=0)
+        axes.grid(False)
+        axes.set_facecolor("0.93")  # not in any list, or it failed
+    panels[0][0].set_ylabel(" × ".join(tile_sizes(tiles[0])))
+    figure.suptitle(f"{title(problem)}: time / best", x=0.02, ha="left", weight="bold")
+    figure.tight_layout()
+    return figure
+
+
+def draw_distribution(rows):
+    """The time of every configuration over the best of its problem, the shorter lists marked."""
+    problems = problems_of(rows, N2_KERNELS)
+    if not problems:
+        return None
+    figure, axes = plt.subplots(figsize=(9, 0.42 * len(problems) + 1.4), layout="constrained")
+    marks = {"general": (BLUE, ".", 5), "architecture": (GREEN, "D", 6), "original": (RED, "o", 8)}
+    for line, problem in enumerate(problems):
+        lists, best = lists_of(rows, problem), min(times_of(rows, problem).values())
+        for name, (color, marker, size) in marks.items():
+            values = np.array([us for us in lists.get(name, {}).values() if math.isfinite(us)]) / best
+            hollow = {} if name == "general" else {"markerfacecolor": "none", "markeredgewidth": 1.4}
+            axes.plot(values, np.full(len(values), line), marker, color=color, markersize=size, linestyle="none",
+                      label=f"{name} list" if line == 0 else None, **hollow)  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_yticks(range(len(problems)), [title(problem) for problem in problems])
+    axes.invert_yaxis()
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="time / best", title="Every configuration that ran")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def draw_gains(rows):
+    """How much faster the best of the longer lists is than the best of the original one, beside what was expected."""
+    table = gains(rows)
+    if table.empty:
+        return None
+    figure, axes = plt.subplots(figsize=(9, 0.42 * len(table) + 1.4), layout="constrained")
+    axes.axvspan(1.05, 1.15, color="0.8", label="the guide's 5 to 15%")
+    axes.axvline(1, color="0.4", linewidth=1)
+    for name, color, marker in (("general", BLUE, "o"), ("architecture", GREEN, "D")):
+        axes.plot(table["original"] / table[name], range(len(table)), marker, color=color, label=f"{name} list")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda speed, _: f"{speed:g}×" if speed >= 1 else f"1/{1 / speed:g}")
+    axes.set_yticks(range(len(table)), table.index)
+    axes.invert_yaxis()
+    axes.set(xlabel="speed, over that of the original list's best", title="What other lists are worth")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def draw_regret(rows, problems):
+    """Regret curves: tuning over the general list, what pruning leaves of it, the original and the architecture's."""
+    problems = [problem for problem in problems if problem in problems_of(rows)]
+    if not problems:
+        return None
+    figure, panels = plt.subplots(1, len(problems), figsize=(3.6 * len(problems), 3.6), sharey=True, squeeze=False)
+    styles = {
+        "general": (BLUE, "-"), "pruned": (ORANGE, "-"), "architecture": (GREEN, "--"),
+        "original": (RED, ":"), "own": (BLUE, "-"),
+    }  # fmt: skip
+    for problem, axes in zip(problems, panels[0], strict=True):
+        best = min(times_of(rows, problem).values())
+        for name, times in lists_of(rows, problem).items():
+            curve = regret(times, best)
+            color, line = styles[name]
+            axes.plot(np.arange(1, len(curve) + 1), curve, color=color, linestyle=line, linewidth=2, label=name,
+                      marker="o" if len(curve) == 1 else None)  # fmt: skip
+        axes.set_xscale("log")
+        axes.set_yscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set(title=title(problem).replace(", ", "\n", 1), xlabel="configurations tried")
+    panels[0][0].set_ylabel("best found / best of all")
+    panels[0][0].legend(frameon=False)
+    figure.tight_layout()
+    return figure
+
+
+def draw_correlations(rows):
+    """How well each of the compiler's numbers ranks the configurations."""
+    table = correlations(rows)
+    if table.empty:
+        return None
+    figure, axes = plt.subplots(figsize=(8, 0.34 * len(table) + 1.3))
+    sns.heatmap(table.astype(float), ax=axes, cmap="vlag", vmin=-1, vmax=1, annot=True, fmt=".2f", linewidths=0.5,
+                cbar=False)  # fmt: skip
+    axes.set(title="Rank correlation with the measured time", ylabel="")
+    axes.tick_params(axis="x", labelrotation=20)
+    axes.grid(False)
+    axes.set_facecolor("0.93")  # the same for all configurations
+    figure.tight_layout()
+    return figure
+
+
+def draw_transfer(rows):
+    """A panel for each kernel: the best configuration of one problem used at the others."""
+    matrices = {kernel: transfer(rows, kernel) for kernel in NAMES}
+    matrices = {kernel: matrix for kernel, matrix in matrices.items() if len(matrix) > 1}
+    if not matrices:
+        return None
+    figure, panels = plt.subplots(2, math.ceil(len(matrices) / 2), figsize=(11, 6.6), squeeze=False)
+    for axes in panels.flat[len(matrices) :]:
+        axes.remove()
+    for (kernel, matrix), axes in zip(matrices.items(), panels.flat, strict=False):
+        sns.heatmap(matrix, ax=axes, cmap=SCORES, vmin=1, vmax=2, annot=True, fmt=".2f", cbar=False,
+                    linewidths=0.5, annot_kws={"size": 9})  # fmt: skip
+        axes.set(title=NAMES[kernel], xlabel="used at tokens, N", ylabel="best of tokens, N")
+        axes.tick_params(axis="y", labelrotation=0)
+        axes.set_xticks(axes.get_xticks(), [name.replace(", ", "\n") for name in matrix], rotation=0)
+    figure.suptitle("Time with another problem's best configuration / best", x=0.02, ha="left", weight="bold")
+    figure.tight_layout()
+    return figure
+
+
+def draw_two_gpus(here, there):
+    """Every configuration on two GPUs, each time over the best of its problem on that GPU."""
+    names = [frame["gpu"].iloc[0] for frame in (here, there)]
+    columns = []
+    for frame in (here, there):
+        best = frame.groupby(list(Problem._fields))["time_us"].transform("min")
+        columns.append(frame.assign(relative=frame["time_us"] / best)[[*KEY, "relative"]].dropna())
+    both = columns[0].merge(columns[1], on=KEY, suffixes=("_here", "_there"))
+    figure, axes = plt.subplots(figsize=(6.4, 6))
+    for color, (kernel, group) in zip(sns.color_palette("colorblind"), both.groupby("kernel"), strict=False):
+        axes.plot(group["relative_there"], group["relative_here"], "o", color=color, markersize=4, alpha=0.6,
+                  label=NAMES[kernel])  # fmt: skip
+    axes.axline((1, 1), slope=1, color="0.5", linewidth=1)
+    for axis, scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
+        scale("log", base=2)
+        axis.set_major_formatter("{x:g}")
+    axes.set(xlabel=f"time / best, {names[1]}", ylabel=f"time / best, {names[0]}", title="One order on both?")
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    return figure
+
+
+def show(make, rows, *args, name=None):
+    """Shows what `make` makes of recorded rows, a table, or a picture that is kept under a name, if there is any."""
+    made = make(rows, *args) if len(rows) else None
+    if made is None or (not name and made.empty):
+        print("Nothing of this kind is on record yet.")
+    elif name:
+        pictures.save_figure(made, name)
+    else:
+        print(made.to_string(float_format="{:.3g}".format, na_rep="-"))
+
+
+def draw_here():
+    """Draws the GPU at hand beside the recorded one, and prints the lists to paste into configs.py."""
+    rows = recorded_rows("autotune")
+    here, there = of_gpu(rows, tables.setting()["gpu"]), of_gpu(rows)
+    if not len(here) or here["time_us"].isna().all():
+        print(f"No times of {tables.setting()['gpu']} are on record.")
+        return
+    show(draw_distribution, here, name="autotune_here")
+    if len(there) and tables.setting()["gpu"] != RECORDED_GPU:
+        pictures.save_figure(draw_two_gpus(here, there), "autotune_two_gpus")
+    print(paste(here))
