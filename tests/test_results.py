@@ -15,9 +15,9 @@ from omni_kernels import brute_force_router, factored_router, omni_router
 pytest.importorskip("seaborn")
 pd = pytest.importorskip("pandas")
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "notebooks"))
-calls, calls_report, layer, layer_report, pictures, readme, reports = (
+calls, calls_report, cpu, layer, layer_report, pictures, readme, reports = (
     importlib.import_module(f"study.{name}")
-    for name in ("calls", "calls_report", "layer", "layer_report", "pictures", "readme", "reports")
+    for name in ("calls", "calls_report", "cpu", "layer", "layer_report", "pictures", "readme", "reports")
 )
 rivals, speed, speed_report, tables, timing, training, training_report = (
     importlib.import_module(f"study.{name}")
@@ -517,6 +517,23 @@ def test_calls_are_told_and_drawn(call_rows, tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "FIGURES", tmp_path)
     reports.show("calls", calls_report.draw_calls, "calls")
     assert (tmp_path / "calls.png").exists()
+
+
+def test_calls_on_a_cpu_are_measured_once_and_told(no_tables, monkeypatch):
+    case = rivals.Case(70, 8, 3, "bf16")
+    add_run(monkeypatch, "none", "2.0", "nothing", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name, value in {"CASES": [case], "ROUNDS": 3, "ROUND_S": 1e-6, "cpu_name": lambda: "A CPU"}.items():
+        monkeypatch.setattr(cpu, name, value)
+    assert cpu.measure(again=False) == "1 cases measured now"
+    assert cpu.measure(again=False) == "measured before"
+    found = tables.read("cpu")
+    assert list(found.rival) == [rivals.OMNI, rivals.FACTORED]
+    assert found.result[0] == "equal"
+    assert (found.us_10 <= found.us).all() and (found.us <= found.us_90).all() and (found.us > 0).all()
+    told = reports.told("cpu", calls_report.cpu_table)
+    assert told.startswith("A CPU, ")
+    assert "| 70 | 8 | 3 | bf16 |" in told
 
 
 def test_calls_of_this_commit_are_not_timed_again(call_rows, monkeypatch):

@@ -37,6 +37,16 @@ def ratios_table(rows):
     return reports.markdown([of, "µs", "over", "µs", "times"], lines)
 
 
+def cpu_table(rows):
+    """omni_router beside the composition that people write, on one CPU."""
+    lines = []
+    for case, group in rows.groupby(rivals.CASE, sort=False):
+        times = group.set_index("rival").us
+        lines.append((*case, reports.microseconds(times[OMNI]), reports.microseconds(times[FACTORED]),
+                      reports.number(times[OMNI] / times[FACTORED], ".2f")))  # fmt: skip
+    return reports.markdown(["tokens", "N", "k", "dtype", f"`{OMNI}`, µs", f"{FACTORED}, µs", "times"], lines)
+
+
 def draw_calls(rows):
     """A bar for every call; a panel for every GPU."""
     rows = rows[rows.kind == "call"].dropna(subset="us")

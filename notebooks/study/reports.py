@@ -66,7 +66,8 @@ def number(value, spec):
 
 
 def describe(rows):
-    """On what one GPU's rows were measured, and when."""
+    """On what one GPU's rows were measured, or one CPU's, and when."""
     row, days, commits = rows.iloc[-1], sorted(set(rows.date)), list(dict.fromkeys(rows.commit))
     when = f"{' to '.join(dict.fromkeys([days[0], days[-1]]))}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
-    return f"{row.gpu}, PyTorch {row.torch}, Triton {row.triton}, {when}"
+    machine = row.gpu if row.gpu != "none" else f"{row.cpu}, {row.threads} threads"
+    return f"{machine}, PyTorch {row.torch}, Triton {row.triton}, {when}"

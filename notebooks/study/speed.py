@@ -102,9 +102,9 @@ def empty_kernel():
     pass
 
 
-def logits(case):
-    """The two factors of a case: normal, from a fixed seed."""
-    generator = torch.Generator(get_device()).manual_seed(0)
+def logits(case, device=None):
+    """The two factors of a case: normal, from a fixed seed. device: the notebooks' unless given."""
+    generator = torch.Generator(device or get_device()).manual_seed(0)
     shape = case.num_tokens, case.num_expert_sqrt
     return tuple(
         torch.randn(shape, device=generator.device, generator=generator).to(DTYPES[case.dtype]) for _ in range(2)
