@@ -9,11 +9,20 @@ import numpy as np
 from .pictures import BLUE, GREEN, ORANGE, RED, finish, panel_for_each_gpu
 from .reports import NO_RESULTS, groups, latest, markdown, microseconds, share
 from .rivals import ALL_SUMS, CASE, COMPILED, FACTORED, FRONTIER, OMNI, OPTIMIZED, ORIGINAL, QUACK, RIVALS, Case
-from .speed import TIMED, examined, num_bytes
+from .speed import MAIN, TIMED, examined, num_bytes
 
 NOISE = 1.02  # times that differ by less are the same
 GUIDE_EXPECTS = {64: (10, 20), 128: (15, 25), 256: (20, 35)}  # percent, of the forward pass
 GUIDE_EXPECTS_BACKWARD = (5, 15)
+HEADLINES = [
+    MAIN, MAIN._replace(dtype="fp32"), MAIN._replace(num_tokens=1 << 20), MAIN._replace(num_tokens=1024),
+    MAIN._replace(k=64), Case(262144, 1024, 16, "bf16"),
+]  # fmt: skip
+LINKS = {
+    QUACK: "https://github.com/Dao-AILab/quack",
+    FACTORED: "https://docs.pytorch.org/docs/stable/generated/torch.topk.html",
+    COMPILED: "https://docs.pytorch.org/docs/stable/generated/torch.topk.html",
+}
 
 
 def ladder_table(rows):
@@ -45,6 +54,23 @@ def targets_table(rows):
                       microseconds(row.call_us), check, best))  # fmt: skip
     header = ["tokens", "N", "k", "dtype", "floor, µs", "`omni_router`, µs", "of the floor's speed", "a call, µs"]
     return markdown([*header, "result", "fastest other measured here, and how many times its time is"], lines)
+
+
+def headline_table(rows):
+    """The cases that README begins with: omni_router of one GPU beside the fastest other, kernels and calls."""
+    lines = []
+    for case, group in rows.groupby(CASE, sort=False):
+        found = group.set_index("rival")
+        others = found.us.drop(OMNI).dropna()
+        if case not in HEADLINES or others.empty:
+            continue
+        ours, name = found.loc[OMNI], others.idxmin()
+        calls = [microseconds(row.call_us) for row in (ours, found.loc[name])]
+        link = f"[{name}]({LINKS[name]})" if name in LINKS else name
+        lines.append((*case, microseconds(ours.us), share(ours.floor_us, ours.us), microseconds(others[name]),
+                      *calls, link))  # fmt: skip
+    return markdown(["tokens", "N", "k", "dtype", "kernel, µs", "of the floor's speed", "other's kernels, µs",
+                     "a call, µs", "other's call, µs", "the fastest other"], lines)  # fmt: skip
 
 
 def layouts_table(rows):
