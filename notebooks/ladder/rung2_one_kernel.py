@@ -6,7 +6,7 @@ best pair that comes after the one before, in the order of falling sums and, amo
 What it should gain, by arithmetic: memory moves 1 KB a token instead of 4.5 MB, so it no longer counts. What counts is
 instructions: k * N * N = 1048576 sums a token, each an addition and fifteen instructions that compare it, and a warp
 has 32 at once. That is half a million warp instructions a token. An H100 issues 132 * 4 of them a cycle, at 1.755 GHz
-927 a nanosecond: 37 ms for 65536 tokens, two fifths of rung 1.
+927 a nanosecond: 36 ms for 65536 tokens, two fifths of rung 1.
 
 Who owns what: a program of four warps has one token. Its threads share the columns: each has two logits of y in
 registers, takes eight rows of x at a time, and keeps the best pair for each of those 16 places. Only the end of a

@@ -6,8 +6,8 @@ and what is left looks like a staircase. For k = 16 it has 50 pairs, for k = 64 
 k best of each factor are needed for it.
 
 What it should gain, by arithmetic: a round now looks at N = 256 logits or at 50 sums, where it looked at 65536. In
-warp instructions a token: 2 * 16 rounds of 73, 16 of 28, and some to make the pairs, in all 2900 instead of half a
-million. At 927 a nanosecond (rung 2) that is 205 us for 65536 tokens: 180 times less.
+warp instructions a token: 2 * 16 rounds of 73, 16 of 28, and some to make the pairs, in all 2950 instead of half a
+million. At 927 a nanosecond (rung 2) that is 209 us for 65536 tokens: 180 times less.
 
 Who owns what: a program is one warp and has one token; no barrier is needed. A lane has 8 logits of the row it looks
 at, then 2 of the 64 places for pairs. A round is two reductions over the warp: the largest value left, by 5 shuffles,

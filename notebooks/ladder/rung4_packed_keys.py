@@ -9,7 +9,7 @@ needs care, which equals 0.0 and has other bits. (The trick is radix sort's.)
 What it should gain, by arithmetic: a round of rung 3 is 73 instructions, most of them for two reductions and for what
 has been taken; here it is 26, to compare, select and reduce 8 keys. REDUX, one instruction, reduces 32-bit integers
 over a warp. Sums have 32 bits and an expert 31, so keys of pairs have 64; those are reduced half by half. In all 1200
-warp instructions a token instead of 2900: 85 us for 65536 tokens.
+warp instructions a token instead of 2950: 85 us for 65536 tokens.
 
 Who owns what: as on rung 3, a program is one warp and has one token, a lane 8 keys of a row and 2 of the 64 places for
 pairs. Logits must not be NaN or +inf; sums equal only by rounding are ordered as on rung 3.
