@@ -54,8 +54,7 @@ def route(x, y, k):
     if dtype == torch.bfloat16 and triton.knobs.runtime.interpret:  # the interpreter does not round to it
         x, y = x.float(), y.float()
     x, y = x.contiguous(), y.contiguous()
-    scores = torch.empty((num_tokens, k), dtype=x.dtype, device=x.device)
-    experts = torch.empty((num_tokens, k), dtype=torch.int32, device=x.device)
+    scores, experts = (torch.empty((num_tokens, k), dtype=kind, device=x.device) for kind in (x.dtype, torch.int32))
     at_once = max(1, SUMS_AT_ONCE // N**2)
     sums = torch.empty((min(at_once, num_tokens), N * N), dtype=torch.float32, device=x.device)
     for start in range(0, num_tokens, at_once):

@@ -53,8 +53,7 @@ def route(x, y, k):
     if dtype == torch.bfloat16 and triton.knobs.runtime.interpret:  # the interpreter does not round to it
         x, y = x.float(), y.float()
     x, y = x.contiguous(), y.contiguous()
-    scores = torch.empty((num_tokens, k), dtype=x.dtype, device=x.device)
-    experts = torch.empty((num_tokens, k), dtype=torch.int32, device=x.device)
+    scores, experts = (torch.empty((num_tokens, k), dtype=kind, device=x.device) for kind in (x.dtype, torch.int32))
     rounds_kernel[(num_tokens,)](
         x, y, scores, experts, N, k, ROWS=8, COLUMNS=triton.next_power_of_2(N), num_warps=4
     )  # fmt: skip

@@ -88,8 +88,7 @@ def route(x, y, k):
     if dtype == torch.bfloat16 and triton.knobs.runtime.interpret:  # the interpreter does not round to it
         x, y = x.float(), y.float()
     x, y = x.contiguous(), y.contiguous()
-    scores = torch.empty((num_tokens, k), dtype=x.dtype, device=x.device)
-    experts = torch.empty((num_tokens, k), dtype=torch.int32, device=x.device)
+    scores, experts = (torch.empty((num_tokens, k), dtype=kind, device=x.device) for kind in (x.dtype, torch.int32))
     ranks = min(k, N)
     num_pairs = sum(min(k // a, ranks) for a in range(1, ranks + 1))
     columns, slots, places = map(triton.next_power_of_2, (N, k, num_pairs))

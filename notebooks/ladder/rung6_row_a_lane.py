@@ -1,16 +1,14 @@
 """Rung 6, a row a lane: each thread sorts rows of its own, in its own registers.
 
-A lane keeps to itself: it reads both rows of its token, and holds the k best keys so far in k registers, sorted. It
-sorts the next k keys by a network and puts them behind, worst first: of what falls and then rises a bitonic merge
-keeps the best half, sorted. A network compares the same places whatever the keys are: no branch, no shuffle.
+A lane holds the k best keys of its token's row so far in k registers, sorted. It sorts the next k by a network, puts
+them behind, worst first, and a bitonic merge keeps the best half, sorted. A network needs no branch and no shuffle.
 
-What it should gain, by arithmetic: k = 16 more keys of a row cost 400 instructions, N / k = 16 times for each factor,
-and the 50 pairs 3900: 16700, for 32 tokens at once. That is 520 warp instructions a token instead of 1150, 37 us for
-65536 tokens. But 1024 tokens are 32 warps, for the 528 schedulers of an H100: few tokens lose.
+What it should gain, by arithmetic: 16 more keys of a row are 400 instructions, for N = 256 32 times, and the 50 pairs
+3900: 16700, but for 32 tokens. So it is 520 warp instructions a token instead of 1150: 37 us for 65536 tokens. Few
+tokens lose: 1024 are 32 warps, on 528 schedulers of an H100. And k = 64 compiles for minutes.
 
 Who owns what: a program is one warp, lane t has token t. A key is a tensor of 32 numbers, one register in each lane,
-and a tuple of them a list. Nothing is shared. A load takes 16 bytes of each lane's row. Lanes past the last token
-route it again. No NaN and no +inf; sums equal only by rounding are ordered as on rung 3.
+and a tuple of them a list. No NaN and no +inf; sums equal only by rounding are ordered as on rung 3.
 """
 
 import torch
@@ -34,8 +32,8 @@ def to_keys(values, ids, FREE: tl.constexpr):
 @triton.jit
 def from_key(key, FREE: tl.constexpr):
     MASK: tl.constexpr = 2 ** min(FREE, 31) - 1
-    bits = key & ~MASK if FREE < 32 else (key >> 32).to(tl.int32)
-    bits = bits ^ ((bits >> 31) & (0x7FFFFFFF & ~MASK if FREE < 32 else 0x7FFFFFFF))
+    high = key if FREE < 32 else (key >> 32).to(tl.int32)
+    bits = (high ^ ((high >> 31) & 0x7FFFFFFF)) & -(1 << FREE % 32)
     return bits.to(tl.float32, bitcast=True), MASK - (key & MASK).to(tl.int32)
 
 
@@ -93,18 +91,21 @@ def rows_kernel(x_ptr, y_ptr, scores_ptr, experts_ptr, num_tokens, N: tl.constex
     pairs += best[: -len(pairs) % SLOTS]
     for start in tl.static_range(0, len(pairs), SLOTS):
         best = bitonic(best + sort(pairs[start : start + SLOTS])[::-1])[:SLOTS]
-    filled = tl.zeros(tokens.shape, tl.int32)
+    slots = tl.arange(0, SLOTS)[None, :]
+    scores, experts = tl.full((32, SLOTS), float("-inf"), tl.float32), tl.zeros((32, SLOTS), tl.int32)
     for slot in tl.static_range(K):
         score, expert = from_key(best[slot], 32)
-        tl.store(scores_ptr + tokens * K + slot, score)
-        tl.store(experts_ptr + tokens * K + slot, expert, mask=score > float("-inf"))
-        filled += (score > float("-inf")).to(tl.int32)
-    if tl.min(filled, 0) < K:  # equals of -inf, whose order ranks do not know; the first K experts have enough
-        for first in range(K):
-            x, y = tl.load(x_ptr + tokens * N + first // N), tl.load(y_ptr + tokens * N + first % N)
-            masked = (x.to(tl.float32) + y.to(tl.float32) == float("-inf")) & (filled < K)
-            tl.store(experts_ptr + tokens * K + filled, first, mask=masked)
-            filled += masked.to(tl.int32)
+        scores = tl.where(slots == slot, score[:, None], scores)
+        experts = tl.where(slots == slot, expert[:, None], experts)
+    finite, outputs = scores > float("-inf"), tokens[:, None] * K + slots
+    tl.store(scores_ptr + outputs, scores, mask=slots < K)
+    tl.store(experts_ptr + outputs, experts, mask=finite)
+    if tl.sum(finite.to(tl.int32)) < 32 * K:  # equals of -inf, whose order ranks do not know; the first K have enough
+        first_x = tl.load(x_ptr + tokens[:, None] * N + slots // N, mask=slots < K, other=0.0).to(tl.float32)
+        first_y = tl.load(y_ptr + tokens[:, None] * N + slots % N, mask=slots < K, other=0.0).to(tl.float32)
+        masked = (first_x + first_y == float("-inf")) & (slots < K)
+        places = tl.sum(finite.to(tl.int32), 1)[:, None] + tl.cumsum(masked.to(tl.int32), 1) - 1
+        tl.store(experts_ptr + tokens[:, None] * K + places, slots, mask=masked & (places < K))
 
 
 def route(x, y, k):
@@ -113,8 +114,7 @@ def route(x, y, k):
     if dtype == torch.bfloat16 and triton.knobs.runtime.interpret:  # the interpreter does not round to it
         x, y = x.float(), y.float()
     x, y = x.contiguous(), y.contiguous()
-    scores = torch.empty((num_tokens, k), dtype=x.dtype, device=x.device)
-    experts = torch.empty((num_tokens, k), dtype=torch.int32, device=x.device)
+    scores, experts = (torch.empty((num_tokens, k), dtype=kind, device=x.device) for kind in (x.dtype, torch.int32))
     sizes = triton.next_power_of_2(k), min(16 // x.element_size(), triton.next_power_of_2(k)), FREE[x.dtype]
     rows_kernel[(triton.cdiv(num_tokens, 32),)](x, y, scores, experts, num_tokens, N, k, *sizes, num_warps=1)
     return scores.to(dtype), experts
