@@ -1,0 +1,154 @@
+"""What Nsight Compute says of each rung of the ladder: where its cycles go, and what it moves.
+
+`python notebooks/profiling.py` runs ncu once for each rung and adds rows to the table profile; it needs a GPU whose
+counters a user may read. Of a rung that launches several kernels, times and bytes are those of all together.
+"""
+
+import argparse
+import csv
+import functools
+import importlib
+import io
+import pathlib
+import re
+import subprocess
+import sys
+
+import tables
+import torch
+
+LADDER = pathlib.Path(__file__).parent / "ladder"
+SHIPPED = "omni_router"
+SIZES = {"num_tokens": 65536, "num_expert_sqrt": 256, "k": 16, "dtype": "bfloat16"}
+# A round of these reads all sums of a token, and ncu runs each kernel many times: fewer tokens tell as much.
+FEW_TOKENS = {"rung1_all_sums": 1024, "rung2_one_kernel": 8192}
+
+STALL = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"  # warps that wait so, on average, when one issues
+REASONS = (
+    "barrier", "branch_resolving", "dispatch_stall", "drain", "imc_miss", "lg_throttle", "long_scoreboard",
+    "math_pipe_throttle", "membar", "mio_throttle", "misc", "no_instruction", "not_selected", "short_scoreboard",
+    "sleeping", "tex_throttle", "wait",
+)  # fmt: skip
+TOP = 3  # reasons that a row names
+# Column -> metric. Those of the first kind add up over a rung's kernels, those of the second are averages over time.
+SUMS = {
+    "us": "gpu__time_duration.sum",
+    "instructions": "smsp__inst_executed.sum",
+    "bank_conflicts": "l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum",
+    "dram_read_bytes": "dram__bytes_read.sum",
+    "dram_write_bytes": "dram__bytes_write.sum",
+    "l2_bytes": "lts__t_bytes.sum",
+    "code_requests": "sm__icc_requests.sum",  # of the instruction cache
+    "code_hits": "sm__icc_requests_lookup_hit.sum",
+}
+AVERAGES = {
+    "issue_busy_percent": "sm__inst_issued.avg.pct_of_peak_sustained_active",
+    "dram_percent": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "warps_active": "smsp__warps_active.avg.per_cycle_active",
+    **{reason: STALL.format(reason) for reason in REASONS},
+}
+REGISTERS = "launch__registers_per_thread"
+UNITS = {"n": 1e-3, "ns": 1e-3, "nsecond": 1e-3, "us": 1, "usecond": 1, "ms": 1e3, "msecond": 1e3, "s": 1e6,
+         "second": 1e6, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}  # fmt: skip  # to µs and to bytes
+
+
+def command(name, num_tokens):
+    """The command line that profiles one call of a rung, after a first one that compiles it."""
+    metrics = [*SUMS.values(), *AVERAGES.values(), REGISTERS]
+    ncu = ["ncu", "--csv", "--page", "raw", "--print-units", "base", "--profile-from-start", "off", "--metrics"]
+    return [*ncu, ",".join(metrics), sys.executable, __file__, "--launch", name, "--tokens", str(num_tokens)]
+
+
+def kernels(text):
+    """The kernels in what ncu printed: dictionaries of their columns, with None where ncu knew nothing.
+
+    Raises:
+        ValueError: there is no table in it.
+    """
+    lines = text.splitlines()
+    start = next((number for number, line in enumerate(lines) if line.startswith('"ID"')), None)
+    if start is None:
+        raise ValueError(f'text must hold ncu\'s table, which begins with the column "ID", got {text[:200]!r}')
+    header, units, *rows = csv.reader(io.StringIO("\n".join(line for line in lines[start:] if line.startswith('"'))))
+    scales = [UNITS.get(unit, 1) for unit in units]
+    return [{name: _number(cell, scale) for name, cell, scale in zip(header, row, scales, strict=True)} for row in rows]
+
+
+def _number(cell, scale):
+    """Of "1,234.5", in µs or bytes if it is a time or a size; text as it is."""
+    if re.fullmatch(r"[-+]?[\d,]*\.?\d+(e[-+]?\d+)?", cell):
+        return float(cell.replace(",", "")) * scale
+    return None if cell in ("", "n/a") else cell
+
+
+def row_of(found):
+    """What the kernels of a rung come to, together. What ncu did not know is None."""
+    row = {column: _total([kernel.get(metric) for kernel in found]) for column, metric in SUMS.items()}
+    times = [kernel[SUMS["us"]] for kernel in found]
+    for column, metric in AVERAGES.items():
+        weighted = [value * us if (value := kernel.get(metric)) is not None else None
+                    for kernel, us in zip(found, times, strict=True)]  # fmt: skip
+        total = _total(weighted)
+        row[column] = None if total is None else total / sum(times)
+    stalls = {reason: row.pop(reason) for reason in REASONS}
+    known = sorted((reason for reason in stalls if stalls[reason] is not None), key=stalls.get, reverse=True)
+    row["stalls"] = ", ".join(f"{reason} {stalls[reason]:.2f}" for reason in known[:TOP])
+    row["no_instruction"] = stalls["no_instruction"]
+    hits, requests = row.pop("code_hits"), row["code_requests"]
+    row["code_misses"] = None if None in (hits, requests) else requests - hits
+    row["registers"] = max((kernel[REGISTERS] for kernel in found if kernel.get(REGISTERS) is not None), default=None)
+    return {"kernels": len(found), **row}
+
+
+def _total(values):
+    return None if None in values else sum(values)
+
+
+def call_of(name, num_tokens):
+    """A call of a rung, or of the shipped router, on random logits."""
+    dtype, k, size = getattr(torch, SIZES["dtype"]), SIZES["k"], SIZES["num_expert_sqrt"]
+    x, y = (torch.randn((num_tokens, size), device="cuda").to(dtype) for _ in range(2))
+    if name == SHIPPED:
+        from omni_kernels import omni_router
+
+        return functools.partial(omni_router, x, y, k)
+    module = importlib.import_module(f"ladder.{name}")
+    if hasattr(module, "route"):
+        return functools.partial(module.route, x, y, k)
+    experts = torch.randint(size**2, (num_tokens, k), device="cuda", dtype=torch.int32)
+    return functools.partial(module.gradient, x[:, :k].contiguous(), experts, size)
+
+
+def names():
+    """The rungs, in order, and the shipped router."""
+    return [*sorted(path.stem for path in LADDER.glob("*.py")), SHIPPED]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--launch", choices=names(), help="only call a rung, for ncu to look on")
+    parser.add_argument("--tokens", type=int)
+    options = parser.parse_args()
+    if options.launch:
+        call = call_of(options.launch, options.tokens or SIZES["num_tokens"])
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
+        return
+    for name in names():
+        num_tokens = options.tokens or FEW_TOKENS.get(name, SIZES["num_tokens"])
+        run = subprocess.run(command(name, num_tokens), capture_output=True, text=True)
+        try:
+            measured = row_of(kernels(run.stdout))
+        except ValueError as error:
+            print(f"{name}: {error}\n{run.stderr[-500:]}")
+            continue
+        tables.append("profile", [{"rung": name, **SIZES, "num_tokens": num_tokens, **measured}])
+        print(f"{name}: {measured}")
+
+
+if __name__ == "__main__":
+    main()
