@@ -5,6 +5,7 @@ import importlib.metadata
 import pathlib
 import re
 import shutil
+import subprocess
 import sys
 import tomllib
 
@@ -16,7 +17,7 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "omni_kernels"
 README = (REPOSITORY / "README.md").read_text()
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-COMMANDS = re.findall(r"^python3 -m venv .*", README, flags=re.MULTILINE)
+COMMANDS = re.findall(r"^```bash\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 
 # Routes one token, checks the result and the gradient, and says what it imported; {name} is what the package is called.
 ROUTE_SOMETHING = """
@@ -41,17 +42,19 @@ def test_environment_has_no_versions_of_its_own():
 
 def test_readme_has_the_three_commands():
     study, tests, jupyter = COMMANDS
-    assert study.endswith("python notebooks/study")
-    assert jupyter.endswith("python notebooks/study --lab")
-    assert "pytest -q --nbval notebooks" in tests
+    assert study.endswith("python notebooks/study\n")
+    assert jupyter.endswith("python notebooks/study --lab\n")
+    assert tests.endswith("--nbval notebooks\n")
     for command in COMMANDS:
+        assert command.startswith("python3 -m venv .venv &&\n")
         (extra,) = re.findall(r"'\.\[(\w+)\]'", command)
         assert extra in PROJECT["optional-dependencies"]
 
 
 def test_ci_runs_the_test_command_of_readme():
-    pattern = re.search(r"grep -m 1 -E '(.*)' README.md", (REPOSITORY / ".ci/run").read_text())[1]
-    assert [line for line in README.splitlines() if re.search(pattern, line)] == [COMMANDS[1]]
+    (found,) = re.findall(r"^command=\$\((.*)\)$", (REPOSITORY / ".ci/run").read_text(), flags=re.MULTILINE)
+    run = subprocess.run(["bash", "-c", found], cwd=REPOSITORY, capture_output=True, encoding="utf-8", check=True)
+    assert run.stdout == COMMANDS[1]
     steps = yaml.safe_load((REPOSITORY / ".github/workflows/ci.yml").read_text())["jobs"]["test"]["steps"]
     assert steps[-1] == {"run": ".ci/run"}
 
@@ -80,6 +83,20 @@ def test_readme_links_exist_and_list_every_notebook():
     assert [link for link in links if not (REPOSITORY / link).exists()] == []
     notebooks = sorted(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "notebooks").glob("*.ipynb"))
     assert [link for link in links if link.endswith(".ipynb")] == notebooks
+
+
+def test_readme_names_the_versions_that_are_needed():
+    needed = dict(re.findall(r"(\w+)>=([\d.]+)", " ".join(PROJECT["dependencies"])))
+    versions = {
+        "Python": PROJECT["requires-python"].removeprefix(">="),
+        "PyTorch": needed["torch"],
+        "Triton": needed["triton"],
+    }
+    assert dict(re.findall(r"badge/(\w+)-≥([\d.]+)-", README)) == versions
+    assert (
+        f"- Python {versions['Python']}, PyTorch {versions['PyTorch']} and Triton {versions['Triton']}, or later"
+        in README
+    )
 
 
 def test_package_imports_only_pytorch_triton_and_the_standard_library():

@@ -13,6 +13,7 @@ python notebooks/study --autotune    times what is not yet timed on this GPU, fo
 python notebooks/study --verify      times again, and prints how well the recorded order is reproduced
 python notebooks/study --compile     asks the compiler alone, for every architecture; needs no GPU
 python notebooks/study --calls       times calls from Python
+python notebooks/study --profile     asks Nsight Compute (ncu) where the cycles of every rung go
 python notebooks/study --cpu         times calls on this CPU; leave it alone meanwhile
 python notebooks/study --many-gpus   measures two GPUs, and prints what became of the targets
 """
@@ -82,6 +83,12 @@ def measure_calls(options):
     tell(calls.measure(options.again))
 
 
+def profile(_):
+    from study import profiling
+
+    tell(profiling.measure())
+
+
 def measure_cpu(options):
     from study import cpu
 
@@ -108,6 +115,7 @@ TASKS = {
     "verify": time_configurations_again,
     "compile": compile_configurations,
     "calls": measure_calls,
+    "profile": profile,
     "cpu": measure_cpu,
     "many-gpus": measure_many_gpus,
 }

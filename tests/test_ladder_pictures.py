@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("seaborn")
 NOTEBOOKS = pathlib.Path(__file__).parents[1] / "notebooks"
 sys.path.insert(0, str(NOTEBOOKS))
-pictures = importlib.import_module("pictures")
+pictures = importlib.import_module("study.ladder_pictures")
 RUNG = NOTEBOOKS / "ladder" / "rung3_staircase.py"
 
 

@@ -1,10 +1,9 @@
 """What Nsight Compute says of each rung of the ladder: where its cycles go, and what it moves.
 
-`python notebooks/profiling.py` runs ncu once for each rung and adds rows to the table profile; it needs a GPU whose
-counters a user may read. Of a rung that launches several kernels, times and bytes are those of all together.
+It runs once for each rung, on a GPU whose counters a user may read. Of a rung that launches several kernels, times and
+bytes are those of all together.
 """
 
-import argparse
 import csv
 import functools
 import importlib
@@ -14,10 +13,11 @@ import re
 import subprocess
 import sys
 
-import tables
 import torch
 
-LADDER = pathlib.Path(__file__).parent / "ladder"
+from . import tables
+
+LADDER = pathlib.Path(__file__).parents[1] / "ladder"
 SHIPPED = "omni_router"
 SIZES = {"num_tokens": 65536, "num_expert_sqrt": 256, "k": 16, "dtype": "bfloat16"}
 # A round of these reads all sums of a token, and ncu runs each kernel many times: fewer tokens tell as much.
@@ -56,7 +56,8 @@ def command(name, num_tokens):
     """The command line that profiles one call of a rung, after a first one that compiles it."""
     metrics = [*SUMS.values(), *AVERAGES.values(), REGISTERS]
     ncu = ["ncu", "--csv", "--page", "raw", "--print-units", "base", "--profile-from-start", "off", "--metrics"]
-    return [*ncu, ",".join(metrics), sys.executable, __file__, "--launch", name, "--tokens", str(num_tokens)]
+    call = f"from study import profiling; profiling.call_twice({name!r}, {num_tokens})"
+    return [*ncu, ",".join(metrics), sys.executable, "-c", call]
 
 
 def kernels(text):
@@ -124,31 +125,34 @@ def names():
     return [*sorted(path.stem for path in LADDER.glob("*.py")), SHIPPED]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--launch", choices=names(), help="only call a rung, for ncu to look on")
-    parser.add_argument("--tokens", type=int)
-    options = parser.parse_args()
-    if options.launch:
-        call = call_of(options.launch, options.tokens or SIZES["num_tokens"])
-        call()
-        torch.cuda.synchronize()
-        torch.cuda.profiler.start()
-        call()
-        torch.cuda.synchronize()
-        torch.cuda.profiler.stop()
-        return
-    for name in names():
-        num_tokens = options.tokens or FEW_TOKENS.get(name, SIZES["num_tokens"])
-        run = subprocess.run(command(name, num_tokens), capture_output=True, text=True)
-        try:
-            measured = row_of(kernels(run.stdout))
-        except ValueError as error:
-            print(f"{name}: {error}\n{run.stderr[-500:]}")
-            continue
-        tables.append("profile", [{"rung": name, **SIZES, "num_tokens": num_tokens, **measured}])
-        print(f"{name}: {measured}")
+def call_twice(name, num_tokens):
+    """Call a rung, and once more for ncu to look on."""
+    call = call_of(name, num_tokens)
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
 
 
-if __name__ == "__main__":
-    main()
+def measure():
+    """Profile every rung and the shipped router, and record a row of each.
+
+    Returns:
+        What was done, in words: with what ncu said of rungs that it could not profile.
+    """
+    if not torch.cuda.is_available():
+        return "not measured: no GPU here"
+    refused = []
+    with tables.recording("profile") as record:
+        for name in names():
+            num_tokens = FEW_TOKENS.get(name, SIZES["num_tokens"])
+            run = subprocess.run(
+                command(name, num_tokens), cwd=LADDER.parent, capture_output=True, encoding="utf-8", check=False
+            )
+            try:
+                record({"rung": name, **SIZES, "num_tokens": num_tokens, **row_of(kernels(run.stdout))})
+            except ValueError as error:
+                refused.append(f"{name}: {error} {run.stderr[-500:]}")
+    return "\n".join([f"{len(names()) - len(refused)} rungs profiled", *refused])

@@ -11,7 +11,8 @@ from matplotlib.patches import Rectangle
 
 from omni_kernels.factored import networks
 
-BLUE, ORANGE, GREEN = sns.color_palette("colorblind")[:3]
+from .pictures import BLUE, GREEN, ORANGE
+
 MOST_LINES = 25  # that a reader takes in at once
 
 # --- networks ---
@@ -110,7 +111,7 @@ def source_of(module_or_path, name, first=1, last=None):
         ValueError: the file has nothing of that name.
     """
     path = inspect.getsourcefile(module_or_path) if inspect.ismodule(module_or_path) else module_or_path
-    text = pathlib.Path(path).read_text()
+    text = pathlib.Path(path).read_text(encoding="utf-8")
     for node in ast.walk(ast.parse(text)):
         names = [getattr(node, "name", None), *(getattr(target, "id", None) for target in getattr(node, "targets", ()))]
         if name in names:
