@@ -3,6 +3,8 @@
 import collections
 import dataclasses
 import functools
+import importlib
+import pathlib
 
 import torch
 
@@ -77,6 +79,15 @@ def lanes_rung(**changes):
     def route(x, y, k):
         plan = lanes.plan_for(x, y, k, x.dtype, few_tokens=False)
         return factored.run(dataclasses.replace(plan, **changes), x, y)
+
+    return route
+
+
+def rung_to_read(name):
+    """A file of notebooks/ladder."""
+
+    def route(x, y, k):
+        return importlib.import_module(f"ladder.{name}").route(x, y, k)
 
     return route
 
@@ -196,5 +207,8 @@ RIVALS = {
         "For many experts a token: lists in shared memory, and the pairs taken one by one.",
     ),
 }
+# The rungs that people read, each of which stands alone.
+TO_READ = sorted(path.stem for path in (pathlib.Path(__file__).parents[1] / "ladder").glob("rung*.py"))
 LADDER = [name for name in RIVALS if name != FRONTIER]
 RUNGS = [name for name in LADDER if RIVALS[name].family == "factored kernels"]
+RIVALS |= {name: Rival(rung_to_read(name), "rungs to read", "A file of notebooks/ladder.") for name in TO_READ}

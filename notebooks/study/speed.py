@@ -36,6 +36,7 @@ from .rivals import (
     QUACK,
     RIVALS,
     RUNGS,
+    TO_READ,
     Case,
 )
 
@@ -83,6 +84,10 @@ TIMED = {
     "against_k": _against("k", range(9), {
         ORIGINAL: (16,), OPTIMIZED: (16,), QUACK: (8, 16, 32), FRONTIER: (4, 8, 16, 32),
     }),
+    "rungs": [
+        *((case, [*TO_READ, OMNI]) for case in (MAIN, MAIN._replace(num_tokens=1024))),
+        *((case, [*TO_READ[2:], OMNI]) for case in (FP32, MAIN._replace(num_expert_sqrt=1024))),
+    ],
     "guide": [(Case(1024, size, k, "bf16"), [ORIGINAL, OPTIMIZED, OMNI]) for size in (64, 128, 256) for k in (16, 32)],
 }  # fmt: skip
 
@@ -292,7 +297,9 @@ def _compile_ahead(work):
     pairs = list(dict.fromkeys((name, case) for case, names in work for name in names))
     jobs = collections.defaultdict(list)
     for name, case in pairs:
-        for part in range(PARTS if name in (PUBLIC, ORIGINAL, OPTIMIZED) else name in (OMNI, FRONTIER, *RUNGS)):
+        for part in range(
+            PARTS if name in (PUBLIC, ORIGINAL, OPTIMIZED) else name in (OMNI, FRONTIER, *RUNGS, *TO_READ)
+        ):
             jobs[name, case[1:], part].append(case)  # one job: few of its token counts need a kernel of their own
     if not jobs:
         return
