@@ -42,7 +42,7 @@ from .ptx import (
     store_shared,
     sync_warp,
 )
-from .rows import lowest_keys, row_alignment, rows_of_lanes, sorted_group
+from .rows import keys_of_group, lowest_keys, row_alignment, rows_of_lanes
 from .softmax import (
     as_integer,
     normalized,
@@ -147,7 +147,7 @@ def _merge_lists(heads, target, shared_target, writes, PLAN):
 def _sorted_piece(row_ptrs, stride_n, wanted, PLAN):
     """The keys of a piece of columns from `wanted` on, descending."""
     start = tl.minimum(wanted, PLAN.num_expert_sqrt - PLAN.piece)
-    return sorted_group(row_ptrs, stride_n, start, wanted - start, PLAN.piece, PLAN.piece, PLAN)
+    return sort(keys_of_group(row_ptrs, stride_n, start, wanted - start, PLAN.piece, PLAN), PLAN.piece, PLAN)
 
 
 @triton.jit

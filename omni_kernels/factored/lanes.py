@@ -44,6 +44,8 @@ from .rows import (
     chunks_listed,
     columns_are_vectors,
     exact_keys,
+    improved,
+    keys_of_columns,
     lowest_keys,
     row_alignment,
     rows_of_lanes,
@@ -65,6 +67,7 @@ from .softmax import (
 
 MAX_EXPERTS_PER_TOKEN = 32  # more would not fit in a lane's registers
 TILE_BYTES = 512  # what of a row a lane has at hand at once
+PILED_TILE, PART, PILED_GROUP = 200, 40, 16  # columns of a tile, of what goes on a pile at once, of what is sorted
 LOOPED_TILE = 256  # columns of a tile that loops go over, where a multiprocessor has the shared memory for it
 TRANSPOSED_TILE = 128  # columns of a tile that several warps copy together; a program has 48 KiB for it
 MIN_TILE = 64  # columns below which a tile is not worth its merge
@@ -88,6 +91,8 @@ class LanesPlan(Plan):
     transposed: bool  # whether several warps copy columns together
     priority: str  # of the rows, in L2: "evict_first" or "evict_normal"
     looped: bool  # whether loops over short networks sort a tile
+    piled: int  # the columns better than the best before that a lane may have to sort; 0: it sorts all of a tile
+    part: int  # columns of a tile that may go on that pile at once
     short_keys: bool  # whether fp32 logits are first sorted by the upper bits that fit beside a column in 32
     short_pairs: bool  # whether keys of pairs have 32 bits, where the sums leave room for it
     add_minima: bool  # whether the smaller of two keys is their sum less the larger
@@ -160,6 +165,10 @@ class LanesPlan(Plan):
         behind = chunks_listed(self) if self.looped else 0
         vectors = -(-(self.tile_n * self.itemsize + behind) // self.vector)
         return (vectors | 1) * self.vector
+
+    @property
+    def shared_bytes(self):
+        return self.threads * (self.pitch + 4 * self.piled)
 
     @property
     def parts(self):
@@ -265,7 +274,9 @@ def lanes_kernel(
     if PLAN.tile_n > 0:
         segment = row_ptrs.to(tl.int64) + first_column * PLAN.itemsize
         if PLAN.staged:
-            buffer = allocate_rows(lane, PLAN.threads * PLAN.pitch)
+            buffer = allocate_rows(lane, PLAN.shared_bytes)
+            pile = buffer + PLAN.threads * PLAN.pitch + lane * 4
+            top = pile
             _copy_tile(
                 buffer, segment, x_ptr, y_ptr, stride_xn, stride_yn, first_token, num_tokens, lane * 0, lane >= 0, PLAN
             )  # fmt: skip
@@ -283,7 +294,17 @@ def lanes_kernel(
                     wait_for_rows(lane * 0, 1)
                     if PLAN.transposed:
                         turn_columns(buffer, 0, PLAN.tile_n, PLAN)
-            if not PLAN.looped:
+            if PLAN.piled > 0:
+                for start in tl.range(0, PLAN.tile_n, PLAN.part):
+                    first = hide(lane * 0 + start)
+                    keys = keys_of_columns(
+                        row + first * PLAN.itemsize, column + first, PLAN.part, PLAN.vector, PLAN.element_ty, PLAN
+                    )  # fmt: skip
+                    ends = (start == PLAN.tile_n - PLAN.part) & (PLAN.sums_rows | (step == PLAN.tiles - 1))
+                    kept = tl.where(ends, 0, PLAN.piled - PLAN.part)
+                    best, top = improved(best, keys, top, pile, kept, PLAN, one)
+                more = best
+            elif not PLAN.looped:
                 keys, doubt = candidates_of_tile(row, skip - column, PLAN, one)
                 if PLAN.short_keys or PLAN.sums_rows:
                     more = best_of_groups(keys, PLAN.listed, PLAN, one)
@@ -305,9 +326,9 @@ def lanes_kernel(
                     buffer, segment, x_ptr, y_ptr, stride_xn, stride_yn, first_token, num_tokens, column + PLAN.tile_n,
                     lane * 0 + step + 1 < PLAN.tiles, PLAN,
                 )  # fmt: skip
-            if not (PLAN.looped or PLAN.short_keys or PLAN.sums_rows):
+            if not (PLAN.looped or PLAN.short_keys or PLAN.sums_rows or PLAN.piled > 0):
                 more = best_of_groups(keys, PLAN.own, PLAN, one)
-            if PLAN.tiles == 1:
+            if PLAN.tiles == 1 or PLAN.piled > 0:
                 best = more
             else:
                 best = merge(best + shift(more, column, PLAN), PLAN.own, PLAN.own, PLAN, one)
@@ -451,6 +472,7 @@ def plan_of(num_expert_sqrt, k, dtype, scores_dtype, alignment, transposed, doub
     group = min(32, max(8, 1 << (ranks - 1).bit_length()))
     reading = {"segment": -(-num_expert_sqrt // (lanes // 2)), "tile_n": 0, "chunk": 1, "vector": 0}
     staged = looped = short_keys = False
+    piled = part = 0
     if vector >= 4 and not interpreting():
         step = vector // itemsize
         segment = -(-num_expert_sqrt // (lanes // 2 * step)) * step
@@ -464,7 +486,11 @@ def plan_of(num_expert_sqrt, k, dtype, scores_dtype, alignment, transposed, doub
         tile_n, chunk = widest_tile(LOOPED_TILE if itemsize == 2 or doubles else TILE_BYTES // 4), 4
         looped = staged and not ragged and vector >= 4 * itemsize and group >= 16 and (itemsize == 2 or k <= 16)
         looped = looped and tile_n >= 8 * k and tile_n % (4 * group) == 0
-        if not looped:
+        if k > 16 and itemsize == 2 and lanes == 2 and segment > LOOPED_TILE and not transposed:
+            looped, tile_n, chunk, group = False, widest_tile(PILED_TILE), 1, PILED_GROUP
+            part = next(n for n in range(PART, 0, -1) if tile_n % n == 0 and n % step == 0)
+            piled = part + group
+        elif not looped:
             tile_n = widest_tile(TILE_BYTES // itemsize // (2 if k > 16 else 1))
             chunks = (c for c in (4, 2) if 4 <= c * itemsize <= vector and tile_n % c == 0 and tile_n >= 2 * c * k)
             chunk = 1 if ragged else next(chunks, 1)
@@ -472,6 +498,7 @@ def plan_of(num_expert_sqrt, k, dtype, scores_dtype, alignment, transposed, doub
             reading = {"segment": segment, "tile_n": tile_n, "chunk": chunk, "vector": vector}
         else:
             staged = looped = short_keys = False
+            piled = part = 0
     transposed = transposed and staged
     # A pair's sum may share 32 bits with row and rank where that leaves it the bits that sums of such logits have.
     sum_bits = 23 - (num_expert_sqrt - 1).bit_length() - (ranks - 1).bit_length()
@@ -482,8 +509,9 @@ def plan_of(num_expert_sqrt, k, dtype, scores_dtype, alignment, transposed, doub
     warps = 8 // itemsize if transposed else warps  # whose tokens fill a cache line of a column
     return LanesPlan(
         num_expert_sqrt, k, dtype, scores_dtype, warps, lanes, **reading, group=group, staged=staged,
-        transposed=transposed, priority="evict_first", looped=looped, short_keys=short_keys, short_pairs=short_pairs,
-        add_minima=staged and lanes == 2 and k <= 16, doubles=doubles, ptx=not interpreting(), normalize=normalize,
+        transposed=transposed, priority="evict_first", looped=looped, piled=piled, part=part, short_keys=short_keys,
+        short_pairs=short_pairs, add_minima=staged and lanes == 2, doubles=doubles, ptx=not interpreting(),
+        normalize=normalize,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .keys import index_bits, lowest, pack, pack_tuple, unpack
-from .networks import best_of, is_turned, merge, settle, sort
+from .networks import best_of, is_turned, merge, merge_best, pile_up, settle, sort, taken
 from .ptx import (
     copies,
     hide,
@@ -297,6 +297,26 @@ def best_in_loops(row, buffer, num_tokens, PLAN, one):
     return best, doubt, total
 
 
+@triton.jit
+def improved(best, keys, top, pile, kept, PLAN, one):
+    """The best of a descending tuple and of keys in no order, and where the lane's pile ends then.
+
+    Most columns of a long row are no better than the last of the best so far. Those that are go on a pile in shared
+    memory. What is on top of it, a group at a time, is sorted and merged until no lane has more than `kept` there. So
+    how long that takes depends on the logits: if they rise, all pass.
+    """
+    K: tl.constexpr = len(best)
+    STEP: tl.constexpr = pile.shape[0] * keys[0].dtype.primitive_bitwidth // 8
+    top = pile_up(keys, best[K - 1], top, STEP, PLAN)
+    height = tl.max((top - pile) // STEP, 0)
+    for _ in tl.range((height - kept + PLAN.group - 1) // PLAN.group):
+        start = tl.maximum(top - PLAN.group * STEP, pile)
+        group = taken(start, (top - start) // STEP, PLAN.group, STEP, lowest(best[0], PLAN), PLAN)
+        best = merge_best(best + sort(group, K, PLAN, one), K, K, PLAN, one)
+        top = start
+    return best, top
+
+
 @triton.constexpr_function
 def chunks_listed(plan):
     """How many chunks `best_in_loops` keeps: one for each key, and as many more as it takes to fill its groups."""
@@ -359,20 +379,20 @@ def top_of_strided_segment(row_ptrs, stride_n, first_column, skip, PLAN):
     K: tl.constexpr = PLAN.own
     FIRST: tl.constexpr = min(PLAN.group, PLAN.segment)
     TAIL: tl.constexpr = (PLAN.segment - FIRST) % PLAN.group
-    best = sorted_group(row_ptrs, stride_n, first_column, skip, FIRST, K, PLAN)
+    best = sort(keys_of_group(row_ptrs, stride_n, first_column, skip, FIRST, PLAN), K, PLAN)
     for start in tl.range(PLAN.group, PLAN.segment - TAIL, PLAN.group):
-        more = sorted_group(row_ptrs, stride_n, first_column + start, skip - start, PLAN.group, K, PLAN)
-        best = merge(best + more, K, K, PLAN)
+        more = keys_of_group(row_ptrs, stride_n, first_column + start, skip - start, PLAN.group, PLAN)
+        best = merge(best + sort(more, K, PLAN), K, K, PLAN)
     if TAIL > 0:
         start = PLAN.segment - TAIL
-        tail = sorted_group(row_ptrs, stride_n, first_column + start, skip - start, TAIL, K, PLAN)
-        best = merge(best + tail, K, K, PLAN)
+        tail = keys_of_group(row_ptrs, stride_n, first_column + start, skip - start, TAIL, PLAN)
+        best = merge(best + sort(tail, K, PLAN), K, K, PLAN)
     return best
 
 
 @triton.jit
-def sorted_group(row_ptrs, stride_n, column, skip, COUNT, K, PLAN):
-    """The keys of the K best of COUNT columns, descending, read in vectors or, where the plan has none, one by one.
+def keys_of_group(row_ptrs, stride_n, column, skip, COUNT, PLAN):
+    """The keys of COUNT columns, read in vectors or, where the plan has none, one by one.
 
     If segments or pieces do not divide the row, the first `skip` of them do not count.
     """
@@ -383,7 +403,7 @@ def sorted_group(row_ptrs, stride_n, column, skip, COUNT, K, PLAN):
         keys = _keys_of_strided(row_ptrs, stride_n, column, COUNT, PLAN)
     if PLAN.ragged:
         keys = _skip_first(keys, skip, PLAN)
-    return sort(keys, K, PLAN)
+    return keys
 
 
 def row_alignment(x, y):
