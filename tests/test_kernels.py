@@ -263,8 +263,11 @@ def test_lists_fit_in_shared_memory(num_expert_sqrt, dtype):
     for k in (1, 33, 64, 128, frontier.MAX_EXPERTS_PER_TOKEN):
         plan = frontier.plan_of(num_expert_sqrt, k, dtype, dtype, 16, True)
         ranks, key_bytes = min(k, num_expert_sqrt), 8 if dtype == torch.float32 else 4
-        pitch = ((k + 1) // 2 | 1) * 4
-        num_bytes = plan.tokens * (pitch + 2 * (ranks + 1) * key_bytes)
+        lists = 2 * plan.tokens * (ranks + 1) * key_bytes
+        if plan.sum_bits:  # integers, and later pairs in their place; and two numbers of a token
+            num_bytes = max(lists, plan.tokens * (k | 1) * 4) + lists + plan.tokens * 8
+        else:
+            num_bytes = plan.tokens * ((k + 1) // 2 | 1) * 4 + lists
         assert plan.shared_bytes == num_bytes <= frontier.SHARED_BYTES
         assert plan.tokens == 16 or num_bytes * 2 > frontier.SHARED_BYTES
 

@@ -104,11 +104,12 @@ CASES = [
     case(40, 5, FP32, 0, True, 2, tile_n=0),
     case(1, 1, BF16, 2, True, 2, tile_n=0),
     # frontier.py: one piece, several, several tiles of them; in registers or in memory; fewer tokens a warp.
-    case(64, 40, BF16, 16, True, 0, in_registers=True, piece=64, pieces=1, vector=16),
+    case(64, 40, BF16, 16, True, 0, in_registers=True, piece=64, pieces=1, vector=16, sum_bits=19, direct=False),
+    case(64, 64, FP16, 16, True, 0, sum_bits=19, direct=True, ranks=64),
     case(20, 33, FP32, 0, True, 0, in_registers=True, piece=20, vector=0),
     case(33, 40, FP32, 4, False, 0, in_registers=True, piece=32, vector=4),
     case(100, 40, FP32, 16, True, 0, in_registers=True, pieces=4, vector=16),
-    case(300, 128, BF16, 8, False, 0, in_registers=True, piece=64, vector=8),
+    case(300, 128, BF16, 8, False, 0, in_registers=True, piece=64, vector=8, sum_bits=15, direct=True),
     case(300, 140, FP16, 8, True, 0, in_registers=False, pieces=4, vector=8),
     case(100, 70, FP32, 16, False, 0, in_registers=False, pieces=2, vector=16),
     case(200, 200, FP32, 16, True, 0, in_registers=False, tokens=8),
@@ -128,6 +129,7 @@ CASES = [
     case(33, 5, BF16, 2, True, 4, normalize="softmax", tile_n=0, ragged=True),
     case(64, 40, BF16, 16, True, 0, normalize="softmax", vector=16),
     case(33, 40, FP32, 4, False, 0, normalize="topk", vector=4),
+    case(64, 64, BF16, 16, True, 0, normalize="log_softmax", sum_bits=19, direct=False),
 ]
 
 

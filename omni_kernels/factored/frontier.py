@@ -1,20 +1,22 @@
-"""The kernel for more experts a token than lanes.py takes: pairs are taken one by one, and no lane holds them.
+"""The kernel for more experts a token than lanes.py takes: lists of columns lie in memory, and no lane holds all pairs.
 
 Two lanes share a token, the even one with its row of x, the odd one with its row of y. A lane sorts its row a piece of
 columns at a time with a network in registers (networks.py). Another network merges each piece into the list of its k
 best, if that fits in registers as well; if not, pieces go to local memory, and the largest of their heads is taken k
 times.
 
-The k best pairs are then taken one by one from the frontier of the staircase (reference.py): the even lane holds the
-best pair left of each of its rows, row a being its rank a with the other factor's ranks from a on; the odd lane does
-the same with the roles exchanged and the pairs of equal ranks left out. That is ⌊√k⌋ pairs a lane; the better of
-the two lanes' best is next, and its row moves on. (Selection in X + Y: Frederickson and Johnson 1982.)
+The even lane then has the pairs of each of its ranks with the other factor's ranks from there on, row by row of the
+staircase (reference.py); the odd lane has the same with the roles exchanged and the pairs of equal ranks left out.
 
-Loops instead of networks of k keys keep the code short: at k = 64 a network of the whole staircase is more than the
-instruction cache holds, and waits for its own instructions.
+16-bit logits, and so their sums, are whole numbers of some unit. A logit becomes an integer, above its row if it is of
+x, above its rank if it is of y, such that the sum of two is a pair's key, in 32 bits. Each lane merges its rows, and
+then both lanes' best are merged. A logit that is no whole number of units is rounded. Where a pair of such a logit
+might be among the best, and where not everything is finite, these keys do not count.
 
-A pair's key is the 64 bits (sum, row, rank in y, rank in x). Rounding may turn pairs of one column around, hardly ever:
-where two ranks of x lie so close that it could, all lanes take the token's pairs together, from rows of x alone.
+Then, and for fp32, pairs are taken one by one: a lane holds the best pair left of each of its ⌊√k⌋ rows; the better of
+the two lanes' best is next, and its row moves on. (Selection in X + Y: Frederickson and Johnson 1982.) A pair's key is
+the 64 bits (sum, row, rank in y, rank in x). Rounding may turn pairs of one column around, hardly ever: where two ranks
+of x lie so close that it could, all lanes take the token's pairs together, from rows of x alone.
 """
 
 import dataclasses
@@ -27,7 +29,7 @@ import triton.language as tl
 
 from ..configs import compares_doubles, on_nvidia
 from .keys import lowest, pack, pack_wide, unpack, unpack_wide
-from .networks import is_less, merge_best, sort
+from .networks import bitonic, is_less, merge, merge_best, sort
 from .pairs import fill_masked
 from .plan import Plan
 from .ptx import (
@@ -44,6 +46,7 @@ from .ptx import (
 )
 from .rows import keys_of_group, lowest_keys, row_alignment, rows_of_lanes
 from .softmax import (
+    ROUNDS,
     as_integer,
     normalized,
     ratio_of_pair,
@@ -59,6 +62,8 @@ MAX_TOKENS = 16  # of a warp, two lanes each
 PIECE = 64  # columns sorted at once, in registers
 PIECES = 4  # pieces merged at once, in memory
 REGISTERS = 128  # of 32 bits, for the best keys of a row
+MINIMA = 4  # so that minima and multiply-adds are equally busy
+SUM_BITS = 12  # that sums have room for in a 32-bit key, or nearly none would fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +76,7 @@ class FrontierPlan(Plan):
     in_registers: bool  # whether the best keys of a row stay there
     vector: int  # bytes of a load; 0: logit by logit
     doubles: bool  # whether keys of 64 bits order as doubles
+    sum_bits: int  # of a sum in a 32-bit key of a pair, above a row and a rank; 0: keys of 64 bits
 
     ptx = True  # helpers are PTX instructions
 
@@ -80,7 +86,7 @@ class FrontierPlan(Plan):
         return (
             f"frontier_kernel, since lanes_kernel does not take this size: 2 lanes a token, {self.tokens} tokens and "
             f"1 warp a program; rows read {read}, sorted in pieces of {self.piece} columns and merged in {place}; "
-            "pairs taken one by one."
+            f"pairs {'merged by keys of 32 bits' if self.sum_bits else 'taken one by one'}."
         )
 
     @property
@@ -98,18 +104,45 @@ class FrontierPlan(Plan):
         return 8 if self.dtype == torch.float32 else 4
 
     @property
+    def rank_bits(self):
+        """The bits of a 32-bit key of a pair that hold the rank in y."""
+        return (self.ranks - 1).bit_length()
+
+    @property
+    def row_mask(self):
+        """Those that hold the row, above."""
+        return (1 << (self.num_expert_sqrt - 1).bit_length()) - 1
+
+    @property
     def step(self):
         """The bytes from rank to rank of a lane's list in shared memory, so that every lane has a bank to itself."""
         return 2 * self.tokens * self.key_bytes
 
     @property
+    def direct(self):
+        """Whether lanes write what they find by 32-bit keys, each half a token's slots."""
+        return self.sum_bits > 0 and self.normalize is None and self.k & (self.k - 1) == 0 and self.k > 1
+
+    @property
+    def pair_bytes(self):
+        """The size of a pair taken: its ranks, or a 32-bit key."""
+        return 4 if self.sum_bits else 2
+
+    @property
     def pair_pitch(self):
-        """The bytes from token to token of the pairs taken, 16 bits each."""
-        return ((self.k + 1) // 2 | 1) * 4
+        """The bytes from token to token of the pairs taken."""
+        return (-(-self.k * self.pair_bytes // 4) | 1) * 4
+
+    @property
+    def lists_at(self):
+        """Where the lists of keys begin, behind the pairs, and the lists of integers that those come from."""
+        integers = (self.ranks + 1) * self.step if self.sum_bits else 0
+        return max(self.tokens * self.pair_pitch, integers)
 
     @property
     def shared_bytes(self):
-        return self.tokens * (self.pair_pitch + (8 if self.sums_rows else 0)) + (self.ranks + 1) * self.step
+        numbers = 8 * (self.sums_rows + (self.sum_bits > 0))  # of a token
+        return self.lists_at + (self.ranks + 1) * self.step + self.tokens * numbers
 
     @property
     def ragged(self):
@@ -144,10 +177,10 @@ def _merge_lists(heads, target, shared_target, writes, PLAN):
 
 
 @triton.jit
-def _sorted_piece(row_ptrs, stride_n, wanted, PLAN):
+def _sorted_piece(row_ptrs, stride_n, wanted, PLAN, one):
     """The keys of a piece of columns from `wanted` on, descending."""
     start = tl.minimum(wanted, PLAN.num_expert_sqrt - PLAN.piece)
-    return sort(keys_of_group(row_ptrs, stride_n, start, wanted - start, PLAN.piece, PLAN), PLAN.piece, PLAN)
+    return sort(keys_of_group(row_ptrs, stride_n, start, wanted - start, PLAN.piece, PLAN), PLAN.piece, PLAN, one)
 
 
 @triton.jit
@@ -173,7 +206,7 @@ def _pair(fixed_list, moving_list, fixed, moving, odd, PLAN):
 @triton.jit
 def _taken(pair, x_list, y_list, PLAN):
     """Both logits, the row and the column of a pair that was taken, of which `pair` is where its ranks are."""
-    ranks = 0xFFFF - load_shared(pair, 16)
+    ranks = 0xFFFF - (load_shared(pair, 8 * PLAN.pair_bytes) & 0xFFFF)
     value_x, row = _load(x_list + (ranks & 255) * PLAN.step, PLAN)
     value_y, column = _load(y_list + (ranks >> 8) * PLAN.step, PLAN)
     return value_x, value_y, row, column
@@ -183,6 +216,129 @@ def _taken(pair, x_list, y_list, PLAN):
 def _sum_of_taken(pair, x_list, y_list, PLAN):
     value_x, value_y, _, _ = _taken(pair, x_list, y_list, PLAN)
     return value_x + value_y
+
+
+@triton.jit
+def _of_short_key(key, y_list, unit, origin, PLAN):
+    """The sum of a pair, its logit of y, its row and its column."""
+    rank = PLAN.ranks - 1 - (key & ((1 << PLAN.rank_bits) - 1))
+    row = PLAN.row_mask - ((key >> PLAN.rank_bits) & PLAN.row_mask)
+    value_y, column = _load(y_list + rank * PLAN.step, PLAN)
+    return tl.fma((key >> (31 - PLAN.sum_bits)).to(tl.float32), unit, origin), value_y, row, column
+
+
+@triton.jit
+def _chosen(pair, x_list, y_list, unit_at, is_long, PLAN):
+    """`_taken` of what is at `pair`, which may be a short key instead."""
+    if PLAN.direct or PLAN.sum_bits == 0:
+        return _taken(pair, x_list, y_list, PLAN)
+    else:
+        if is_long != 0:
+            value_x, value_y, row, column = _taken(pair, x_list, y_list, PLAN)
+        else:
+            unit = load_shared(unit_at, 32).to(tl.float32, bitcast=True)
+            origin = load_shared(unit_at + 4, 32).to(tl.float32, bitcast=True)
+            total, value_y, row, column = _of_short_key(load_shared(pair, 32), y_list, unit, origin, PLAN)
+            value_x = total - value_y
+        return value_x, value_y, row, column
+
+
+@triton.jit
+def _integers_of_list(values_list, integers, first, last, other_first, other_last, odd, writes, PLAN):
+    """Write integers of which the sum of one of x and one of y is a short key, in units of sums.
+
+    A unit is a power of two that all differences fit above the other bits in, and all sums in those of fp32. Sums of
+    logits that are whole numbers of units are exact. Also the unit, the logit from which integers count, and by how
+    many units the last of the best pairs must be above the least for other logits not to matter.
+    """
+    ID_BITS: tl.constexpr = 31 - PLAN.sum_bits
+    largest = tl.maximum(tl.abs(first), tl.abs(last)) + tl.maximum(tl.abs(other_first), tl.abs(other_last))
+    spread = (first - last) + (other_first - other_last)
+    unit = tl.maximum(tl.maximum(spread * 2.0**-PLAN.sum_bits, largest * 2.0**-22), 2.0**-100)
+    exponent = (unit.to(tl.int32, bitcast=True) & 0x7F800000) + 0x00800000
+    unit, per_unit = exponent.to(tl.float32, bitcast=True), (0x7F000000 - exponent).to(tl.float32, bitcast=True)
+    least = tl.fma(last, per_unit, ROUNDS)
+    # The lane of x gives the row, that of y the rank, both so that the lower one wins among equals.
+    factor = tl.where(odd, 0, 1 << PLAN.rank_bits)
+    offset = tl.where(odd, 0, (PLAN.row_mask - 0xFFFF) << PLAN.rank_bits)
+    offset -= least.to(tl.int32, bitcast=True) << ID_BITS
+    doubtful = tl.full(unit.shape, float("-inf"), tl.float32)  # the largest logit that is not a whole number, in units
+    for behind in tl.range(PLAN.ranks):
+        at = (PLAN.ranks - 1 - behind) * PLAN.step
+        key = load_shared(values_list + at, 32)
+        value = unpack(key, PLAN.element_ty, PLAN)[0]
+        units = tl.fma(value, per_unit, ROUNDS)
+        doubtful = tl.where(tl.fma(value, per_unit, ROUNDS - units) == 0.0, doubtful, units)
+        integer = (units.to(tl.int32, bitcast=True) << ID_BITS) + ((key & 0xFFFF) * factor + offset)
+        store_shared(integers + at, integer + tl.where(odd, behind, 0), 32, writes)
+    needed = (doubtful - least) + tl.fma(other_first - other_last, per_unit, 2.0)  # more than roundings take
+    return unit, (least - ROUNDS) * unit, tl.where(largest + spread < 2.0**100, needed, float("inf"))
+
+
+@triton.jit
+def _short_keys(own, other, odd, PLAN, one):
+    """The short keys of a token's best pairs, half of them for each lane, which merges half of the staircase's rows.
+
+    own, other: where the lists of integers are.
+    """
+    K: tl.constexpr = PLAN.k
+    WIDTH: tl.constexpr = _power_of_two(K)
+    SIDE: tl.constexpr = PLAN.side
+    other += tl.where(odd, PLAN.step, 0)  # pairs of equal ranks are the even lane's
+    half = ()
+    for i in tl.static_range(1, SIDE):
+        half = _merge_row(half, own, other, SIDE - i, odd, PLAN, one)
+    none = lowest(odd.to(tl.int32), PLAN)
+    COUNT: tl.constexpr = len(half)
+    best = ()
+    for i in tl.static_range(WIDTH):
+        key = half[WIDTH - 1 - i] if WIDTH - 1 - i < COUNT else none
+        if i < PLAN.ranks:
+            more = _short_key(own, other, 0, i, odd, PLAN)
+            key = tl.maximum(key, more) if WIDTH - 1 - i < COUNT else more
+        best = best + (key,)
+    half = bitonic(best, PLAN, one)
+    # Of both lanes' best, the even lane finishes the better half and the odd lane the other.
+    best = ()
+    for i in tl.static_range(WIDTH):
+        best = best + (tl.maximum(half[i], partner(half[WIDTH - 1 - i], 1, PLAN)),)
+    half = ()
+    for i in tl.static_range(WIDTH // 2):
+        a, b = best[i], best[i + WIDTH // 2]
+        half = half + (tl.where((a < b) ^ odd, b, a),)
+    return bitonic(half, PLAN, one)
+
+
+@triton.jit
+def _outputs(keys, y_list, unit, origin, PLAN):
+    """Scores and indices of pairs by their short keys."""
+    scores, indices = (), ()
+    for slot in tl.static_range(len(keys)):
+        score, _, row, column = _of_short_key(keys[slot], y_list, unit, origin, PLAN)
+        scores, indices = scores + (score,), indices + (row * PLAN.num_expert_sqrt + column,)
+    return scores, indices
+
+
+@triton.jit
+def _merge_row(best, own, other, a, odd, PLAN, one):
+    """The best short keys of a descending tuple and of a row of a lane's half of the staircase."""
+    COUNT: tl.constexpr = min(PLAN.k // (a + 1), PLAN.ranks) - a
+    row = ()
+    for i in tl.static_range(COUNT):
+        row = row + (_short_key(own, other, a, a + i, odd, PLAN),)
+    return merge(row + best, COUNT, PLAN.k, PLAN, one)
+
+
+@triton.jit
+def _short_key(own, other, a, b, odd, PLAN):
+    key = load_shared(own + a * PLAN.step, 32) + load_shared(other + b * PLAN.step, 32)
+    # Rows of the odd lane end one pair earlier.
+    return key if b + 1 < min(PLAN.k // (a + 1), PLAN.ranks) else tl.where(odd, lowest(key, PLAN), key)
+
+
+@triton.constexpr_function
+def _power_of_two(number):
+    return max(2, 1 << (number - 1).bit_length())
 
 
 @triton.jit
@@ -215,7 +371,7 @@ def _take_by_rows(pairs, x_list, PLAN):
         for i in tl.static_range(5):
             best = sort((best, partner(best, 1 << i, PLAN)), 1, PLAN)[0]
         popped = unpack_wide(best, PLAN)[1]
-        store_shared(pairs + slot * 2, popped, 16, tl.arange(0, 32) == 0)
+        store_shared(pairs + slot * PLAN.pair_bytes, popped, 8 * PLAN.pair_bytes, tl.arange(0, 32) == 0)
         rank_x, rank_y = 255 - (popped & 255), 256 - ((popped >> 8) & 255)  # of the pair that follows in its row
         key = _pair(x_list, y_list, 255 - rank_x, 255 - tl.minimum(rank_y, RANKS - 1), rank_x < 0, PLAN)
         inside = ((rank_x + 1) * (rank_y + 1) <= PLAN.k) & (rank_y < RANKS)
@@ -244,6 +400,42 @@ def _spread(values_list, PLAN):
     return largest, limit
 
 
+@triton.jit
+def _take_one_by_one(out, lists, lane, writes, PLAN):
+    """Write the ranks of all tokens' best pairs."""
+    RANKS: tl.constexpr = PLAN.ranks
+    SIDE: tl.constexpr = PLAN.side
+    odd = lane % 2 == 1
+    own_list, other_list = lists + lane * PLAN.key_bytes, lists + (lane ^ 1) * PLAN.key_bytes
+    first, other_first = _load(own_list, PLAN)[0], _load(other_list, PLAN)[0]
+    # Sums of one column tie where they round to the same, or are infinite. (Of -inf ones, `fill_masked` takes care.)
+    largest, limit = _spread(own_list, PLAN)
+    exact = tl.where(odd, largest < partner(limit, 1, PLAN), partner(largest, 1, PLAN) < limit)
+    by_rows = (~(exact & (first + other_first < float("inf")))).to(tl.int32)
+
+    pairs = out + lane // 2 * PLAN.pair_pitch
+    heads = ()
+    for a in tl.static_range(SIDE):
+        moving = tl.where(odd, 254 - a, 255 - a)
+        heads = heads + (_pair(own_list, other_list, lane * 0 + (255 - a), moving, odd, PLAN),)
+    heads = sort(heads, SIDE, PLAN)
+    for slot in tl.range(PLAN.k):
+        rival = partner(heads[0], 1, PLAN)
+        wins = is_less(rival, heads[0], PLAN)
+        popped = unpack_wide(tl.where(wins, heads[0], rival), PLAN)[1]
+        store_shared(pairs + slot * PLAN.pair_bytes, popped, 8 * PLAN.pair_bytes, writes & ~odd)
+        ranks = unpack_wide(heads[0], PLAN)[1]
+        fixed, moving = (ranks >> tl.where(odd, 8, 0)) & 255, (ranks >> tl.where(odd, 0, 8)) & 255
+        # Up to where a row ends, in the form of a key's ranks.
+        moving = tl.maximum(moving - 1, 255 - min(RANKS, 255))
+        following = _pair(own_list, other_list, fixed, moving, odd, PLAN)
+        heads = _replace_best(heads, tl.where(wins, following, heads[0]), PLAN)
+    sync_warp(lane)
+    for token in tl.range(PLAN.tokens * tl.max(by_rows, 0)):
+        if tl.max(tl.where(lane // 2 == token, by_rows, 0), 0) != 0:
+            _take_by_rows(out + token * PLAN.pair_pitch, lists + token * 2 * PLAN.key_bytes, PLAN)
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def frontier_kernel(
     x_ptr, y_ptr, scores_ptr, indices_ptr, saved_ptr,
@@ -265,18 +457,23 @@ def frontier_kernel(
     )  # fmt: skip
 
     out = allocate_rows(lane, PLAN.shared_bytes)
-    lists = out + PLAN.tokens * PLAN.pair_pitch
-    own_list, other_list = lists + lane * KEY_BYTES, lists + (lane ^ 1) * KEY_BYTES
+    lists = out + PLAN.lists_at
+    own_list = lists + lane * KEY_BYTES
     # Past the end of a list everything is -inf.
     end = pack(tl.full((32,), float("-inf"), tl.float32), lane * 0, PLAN.element_ty, PLAN)
     store_shared(own_list + RANKS * PLAN.step, end, KEY_BYTES * 8, writes)
 
+    # A one as far as a compiler can know: the smaller of two 32-bit keys is their sum less the larger.
+    one = lane * 0 + tl.minimum(num_tokens, 1).to(tl.int32)
     least = lowest(lane.to(tl.int64) if PLAN.element_ty == tl.float32 else lane, PLAN)
     if PLAN.in_registers:
         top = lowest_keys(least, RANKS, PLAN)
         for piece in tl.range((PLAN.num_expert_sqrt + PLAN.piece - 1) // PLAN.piece):
-            piece_keys = _sorted_piece(row_ptrs, stride_n, hide(lane * 0 + piece * PLAN.piece), PLAN)
-            top = merge_best(top + piece_keys[:RANKS], RANKS, RANKS, PLAN)
+            more = _sorted_piece(row_ptrs, stride_n, hide(lane * 0 + piece * PLAN.piece), PLAN, one)[:RANKS]
+            if piece == 0:
+                top = more + top[: RANKS - len(more)]
+            else:
+                top = merge_best(top + more, RANKS, RANKS, PLAN, one)
         for rank in tl.static_range(RANKS):
             store_shared(own_list + rank * PLAN.step, top[rank], KEY_BYTES * 8, writes)
     else:
@@ -296,7 +493,7 @@ def frontier_kernel(
         for tile in tl.range(TILES):
             for part in tl.range(PIECES):
                 wanted = lane * 0 + (tile * PIECES + part) * PIECE
-                piece_keys = _sorted_piece(row_ptrs, stride_n, wanted, PLAN)
+                piece_keys = _sorted_piece(row_ptrs, stride_n, wanted, PLAN, one)
                 for i in tl.static_range(PIECE):
                     store_private(private + part * PITCH + i * KEY_BYTES, piece_keys[i])
             heads = (source,) if TILES > 1 else ()
@@ -319,11 +516,6 @@ def frontier_kernel(
             sync_warp(lane)  # after the others' loads
             store_shared(own_list + place * PLAN.step, nan_key, KEY_BYTES * 8, writes & poisoned)
         sync_warp(lane)
-    # Sums of one column tie where they round to the same, or are infinite. (Of -inf ones, `fill_masked` takes care.)
-    largest, limit = _spread(own_list, PLAN)
-    exact = tl.where(odd, largest < partner(limit, 1, PLAN), partner(largest, 1, PLAN) < limit)
-    by_rows = (~(exact & (first_x + first_y < float("inf")))).to(tl.int32)
-
     totals = lists + (RANKS + 1) * PLAN.step
     if PLAN.sums_rows:
         largest = tl.where(odd, first_y, first_x)
@@ -337,31 +529,43 @@ def frontier_kernel(
         store_shared(totals + lane * 4, total.to(tl.int32, bitcast=True), 32, writes)
 
     pairs = out + lane // 2 * PLAN.pair_pitch
-    heads = ()
-    SIDE: tl.constexpr = PLAN.side
-    for a in tl.static_range(SIDE):
-        moving = tl.where(odd, 254 - a, 255 - a)
-        heads = heads + (_pair(own_list, other_list, lane * 0 + (255 - a), moving, odd, PLAN),)
-    heads = sort(heads, SIDE, PLAN)
-    for slot in tl.range(K):
-        rival = partner(heads[0], 1, PLAN)
-        wins = is_less(rival, heads[0], PLAN)
-        popped = unpack_wide(tl.where(wins, heads[0], rival), PLAN)[1]
-        store_shared(pairs + slot * 2, popped, 16, writes & ~odd)
-        ranks = unpack_wide(heads[0], PLAN)[1]
-        fixed, moving = (ranks >> tl.where(odd, 8, 0)) & 255, (ranks >> tl.where(odd, 0, 8)) & 255
-        moving = tl.maximum(
-            moving - 1, 255 - min(PLAN.ranks, 255)
-        )  # up to where a row ends, in the form of a key's ranks
-        following = _pair(own_list, other_list, fixed, moving, odd, PLAN)
-        heads = _replace_best(heads, tl.where(wins, following, heads[0]), PLAN)
-    sync_warp(lane)
-    for token in tl.range(PLAN.tokens * tl.max(by_rows, 0)):
-        if tl.max(tl.where(lane // 2 == token, by_rows, 0), 0) != 0:
-            _take_by_rows(out + token * PLAN.pair_pitch, lists + token * 2 * KEY_BYTES, PLAN)
+    units = totals + (8 * PLAN.tokens if PLAN.sums_rows else 0)
+    is_long = 1
+    if PLAN.sum_bits > 0:
+        own, other = out + lane * 4, out + (lane ^ 1) * 4
+        unit, origin, needed = _integers_of_list(
+            own_list, own, tl.where(odd, first_y, first_x), tl.where(odd, last_y, last_x),
+            tl.where(odd, first_x, first_y), tl.where(odd, last_x, last_y), odd, writes, PLAN,
+        )  # fmt: skip
+        origin += partner(origin, 1, PLAN)
+        of_token = tl.where(odd, origin, unit).to(tl.int32, bitcast=True)
+        store_shared(units + lane * 4, of_token, 32, writes)
+        sync_warp(lane)
+        half = _short_keys(own, other, odd, PLAN, one)
+        WIDTH: tl.constexpr = len(half)
+        last = half[(K - 1) % WIDTH]
+        last = tl.where(odd == (K > WIDTH), last, partner(last, 1, PLAN)) >> (31 - PLAN.sum_bits)
+        is_long = tl.max((~(last.to(tl.float32) >= needed)).to(tl.int32), 0)
+        sync_warp(lane)  # after the other lanes' loads
+        if PLAN.direct:
+            if is_long == 0:
+                scores, indices = _outputs(half, y_list, unit, origin, PLAN)
+                rounded = ()
+                for slot in tl.static_range(WIDTH):
+                    rounded = rounded + (scores[slot].to(scores_ptr.dtype.element_ty),)
+                outputs, valid = tokens * K + lane % 2 * WIDTH, writes & (tokens < num_tokens)
+                store_row(scores_ptr + outputs, rounded, valid, PLAN)
+                store_row(indices_ptr + outputs, indices, valid, PLAN)
+        else:
+            for i in tl.static_range(WIDTH):
+                place = tl.where(odd, WIDTH + i, i)
+                store_shared(pairs + place * 4, half[i], 32, writes & (place < K))
+            sync_warp(lane)
+    if is_long != 0:
+        _take_one_by_one(out, lists, lane, writes, PLAN)
     sync_warp(lane)
 
-    for token in tl.range(PLAN.tokens):
+    for token in tl.range(PLAN.tokens * is_long if PLAN.direct else PLAN.tokens):
         token_list = lists + token * 2 * KEY_BYTES
         if PLAN.normalize is not None:
             best_x, best_y = _load(token_list, PLAN)[0], _load(token_list + KEY_BYTES, PLAN)[0]
@@ -372,8 +576,10 @@ def frontier_kernel(
                 integers = tl.zeros((32,), tl.int64)
                 for start in tl.static_range(0, K, 32):
                     slots = start + tl.arange(0, 32)
-                    pair = out + token * PLAN.pair_pitch + tl.minimum(slots, K - 1) * 2
-                    value_x, value_y, _, _ = _taken(pair, token_list, token_list + KEY_BYTES, PLAN)
+                    pair = out + token * PLAN.pair_pitch + tl.minimum(slots, K - 1) * PLAN.pair_bytes
+                    value_x, value_y, _, _ = _chosen(
+                        pair, token_list, token_list + KEY_BYTES, units + token * 8, is_long, PLAN
+                    )
                     high, low = ratio_of_pair(value_x, value_y, best_x, best_y)
                     integers += tl.where(slots < K, as_integer(high, low), 0)
                 for level in tl.static_range(5):
@@ -382,8 +588,10 @@ def frontier_kernel(
             scales = scales_of_scores(product, best_x + best_y, best_x, best_y, PLAN)
         for start in tl.static_range(0, K, 32):
             slots = start + tl.arange(0, 32)
-            pair = out + token * PLAN.pair_pitch + tl.minimum(slots, K - 1) * 2
-            value_x, value_y, row, column = _taken(pair, token_list, token_list + KEY_BYTES, PLAN)
+            pair = out + token * PLAN.pair_pitch + tl.minimum(slots, K - 1) * PLAN.pair_bytes
+            value_x, value_y, row, column = _chosen(
+                pair, token_list, token_list + KEY_BYTES, units + token * 8, is_long, PLAN
+            )
             score = value_x + value_y
             outputs = (first_token + token) * K + slots
             valid = (slots < K) & (first_token + token < num_tokens)
@@ -400,17 +608,18 @@ def frontier_kernel(
         of_row = (largest, total if PLAN.sums_rows else largest)
         store_row(saved_ptr + tokens * 4 + lane % 2 * 2, of_row, writes & (tokens < num_tokens), PLAN)
 
-    worst = _sum_of_taken(pairs + (K - 1) * 2, x_list, y_list, PLAN)
-    fill = (tokens < num_tokens) & (first_x < float("inf")) & (first_y < float("inf")) & (worst == float("-inf"))
-    if tl.max(fill.to(tl.int32), 0) != 0:
-        num_finite = tl.zeros_like(lane)
-        for slot in tl.range(K):
-            score = _sum_of_taken(pairs + slot * 2, x_list, y_list, PLAN)
-            num_finite += (score > float("-inf")).to(tl.int32)
-        sync_warp(lane)  # after the others' stores
-        fill_masked(
-            x_ptrs, y_ptrs, indices_ptr + tokens * K, stride_xn, stride_yn, num_finite, fill & writes & ~odd, PLAN
-        )  # fmt: skip
+    if is_long != 0:
+        worst = _sum_of_taken(pairs + (K - 1) * PLAN.pair_bytes, x_list, y_list, PLAN)
+        fill = (tokens < num_tokens) & (first_x < float("inf")) & (first_y < float("inf")) & (worst == float("-inf"))
+        if tl.max(fill.to(tl.int32), 0) != 0:
+            num_finite = tl.zeros_like(lane)
+            for slot in tl.range(K):
+                score = _sum_of_taken(pairs + slot * PLAN.pair_bytes, x_list, y_list, PLAN)
+                num_finite += (score > float("-inf")).to(tl.int32)
+            sync_warp(lane)  # after the others' stores
+            fill_masked(
+                x_ptrs, y_ptrs, indices_ptr + tokens * K, stride_xn, stride_yn, num_finite, fill & writes & ~odd, PLAN
+            )  # fmt: skip
 
 
 def plan_for(x, y, k, scores_dtype, normalize=None):
@@ -426,9 +635,12 @@ def plan_of(num_expert_sqrt, k, dtype, scores_dtype, alignment, doubles, normali
     piece = min(PIECE // words if in_registers else PIECE, num_expert_sqrt)
     row, piece_bytes = num_expert_sqrt * dtype.itemsize, piece * dtype.itemsize
     vector = min(alignment, row & -row, piece_bytes & -piece_bytes)
+    sum_bits = 31 - (num_expert_sqrt - 1).bit_length() - (ranks - 1).bit_length()
+    short_pairs = in_registers and dtype != torch.float32 and sum_bits >= SUM_BITS
     plan = FrontierPlan(
         num_expert_sqrt, k, dtype, scores_dtype, 1, MAX_TOKENS, piece, pieces=min(PIECES, -(-num_expert_sqrt // piece)),
-        in_registers=in_registers, vector=vector if vector >= 4 else 0, doubles=doubles, normalize=normalize,
+        in_registers=in_registers, vector=vector if vector >= 4 else 0, doubles=doubles,
+        sum_bits=sum_bits if short_pairs else 0, normalize=normalize, minima=MINIMA,
     )  # fmt: skip
     while plan.shared_bytes > SHARED_BYTES:
         plan = dataclasses.replace(plan, tokens=plan.tokens // 2)

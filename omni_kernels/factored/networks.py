@@ -76,13 +76,14 @@ def _network(kind, count, first, k):
 
 
 @triton.constexpr_function
-def _ptx(kind, count, first, k, key, added):
+def _ptx(kind, count, first, k, key, added, minima):
     """A network in PTX, for keys that order as a PTX type says.
 
     64-bit keys are exchanged by halves. Doubles are compared by a unit of their own, while integers would wait for the
     one that moves the halves. Minima and maxima wait for each other, too: if added, with one more operand, int32 ones
     that the compiler does not know for ones, the smaller of two keys is what the larger leaves of their sum, modulo
-    2**32: two multiply-adds, which have a unit of their own.
+    2**32: two multiply-adds, which have a unit of their own. One comparator in `minima`, if any, does as usual: where
+    there is little else to compare, that unit would be the busiest.
     """
     comparators, outputs = _network(kind, count, first, k)
     keys, one = [f"${k + wire}" for wire in range(count)], f"${k + count}"
@@ -105,7 +106,7 @@ def _ptx(kind, count, first, k, key, added):
             selp.b32 high, a_high, b_high, less;
             mov.b64 {smaller}, {{low, high}};
             }}""")
-        elif added:
+        elif added and (minima == 0 or len(lines) % minima != 0):
             lines.append(f"""{{
             .reg .b32 sum;
             max.s32 {larger}, {a}, {b};
@@ -152,7 +153,7 @@ def _run(keys, KIND, FIRST, K, PLAN, one):
         KEY: tl.constexpr = _key_type(keys[0].dtype, PLAN)
         ADDED: tl.constexpr = one is not None and KEY == "s32"
         return tl.inline_asm_elementwise(
-            _ptx(KIND, COUNT, FIRST, RANKS, KEY, ADDED),
+            _ptx(KIND, COUNT, FIRST, RANKS, KEY, ADDED, PLAN.minima),
             _registers(KEY, RANKS, "=") + "," + _registers(KEY, COUNT + (1 if ADDED else 0)),
             keys + (one,) if ADDED else keys, copies(keys[0].dtype, RANKS), True, 1,
         )  # fmt: skip

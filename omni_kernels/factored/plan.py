@@ -42,6 +42,8 @@ class Plan(dict):
     scores_dtype: torch.dtype
     num_warps: int
     normalize: str | None = dataclasses.field(default=None, kw_only=True)  # what becomes of the scores (softmax.py)
+    # One comparator in how many takes a minimum although the smaller key may come from a sum; 0: none.
+    minima: int = dataclasses.field(default=0, kw_only=True)
 
     def __post_init__(self):
         for name, value in vars(self).items():
