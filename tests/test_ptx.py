@@ -70,6 +70,7 @@ CASES = [
     # By a pile: in one tile or several, of whole vectors or not, of fewer keys than are sorted at once.
     case(360, 32, BF16, 16, True, 2, piled=56, part=40, tile_n=120, add_minima=True),
     case(330, 18, FP16, 4, False, 2, piled=38, part=22, tile_n=110, vector=4),
+    case(280, 20, FP16, 16, True, 2, piled=24, part=8, tile_n=56, group=16),
     case(264, 24, BF16, 16, False, 2, piled=24, part=8, tile_n=88),
     # Straight from global memory, ragged or not.
     case(100, 10, BF16, 8, True, 4, staged=False, segment=52, tile_n=52, chunk=1),
@@ -103,6 +104,7 @@ CASES = [
     case(20, 7, FP32, 0, False, 2, tile_n=0),
     case(40, 5, FP32, 0, True, 2, tile_n=0),
     case(1, 1, BF16, 2, True, 2, tile_n=0),
+    case(296, 20, BF16, 16, True, 2, tile_n=0, piled=0, group=32),
     # frontier.py: one piece, several, several tiles of them; in registers or in memory; fewer tokens a warp.
     case(64, 40, BF16, 16, True, 0, in_registers=True, piece=64, pieces=1, vector=16, sum_bits=19, direct=False),
     case(64, 64, FP16, 16, True, 0, sum_bits=19, direct=True, ranks=64),

@@ -487,14 +487,14 @@ def plan_of(num_expert_sqrt, k, dtype, scores_dtype, alignment, transposed, doub
         looped = staged and not ragged and vector >= 4 * itemsize and group >= 16 and (itemsize == 2 or k <= 16)
         looped = looped and tile_n >= 8 * k and tile_n % (4 * group) == 0
         if k > 16 and itemsize == 2 and lanes == 2 and segment > LOOPED_TILE and not transposed:
-            looped, tile_n, chunk, group = False, widest_tile(PILED_TILE), 1, PILED_GROUP
+            looped, tile_n, chunk = False, widest_tile(PILED_TILE), 1
             part = next(n for n in range(PART, 0, -1) if tile_n % n == 0 and n % step == 0)
-            piled = part + group
+            piled = part + PILED_GROUP
         elif not looped:
             tile_n = widest_tile(TILE_BYTES // itemsize // (2 if k > 16 else 1))
             chunks = (c for c in (4, 2) if 4 <= c * itemsize <= vector and tile_n % c == 0 and tile_n >= 2 * c * k)
             chunk = 1 if ragged else next(chunks, 1)
-        if tile_n >= min(segment, MIN_TILE):
+        if tile_n >= min(segment, PART if piled else MIN_TILE):
             reading = {"segment": segment, "tile_n": tile_n, "chunk": chunk, "vector": vector}
         else:
             staged = looped = short_keys = False
@@ -508,10 +508,10 @@ def plan_of(num_expert_sqrt, k, dtype, scores_dtype, alignment, transposed, doub
     warps = 2 if staged and itemsize == 2 and reading["tile_n"] * itemsize == TILE_BYTES else 1
     warps = 8 // itemsize if transposed else warps  # whose tokens fill a cache line of a column
     return LanesPlan(
-        num_expert_sqrt, k, dtype, scores_dtype, warps, lanes, **reading, group=group, staged=staged,
-        transposed=transposed, priority="evict_first", looped=looped, piled=piled, part=part, short_keys=short_keys,
-        short_pairs=short_pairs, add_minima=staged and lanes == 2, doubles=doubles, ptx=not interpreting(),
-        normalize=normalize,
+        num_expert_sqrt, k, dtype, scores_dtype, warps, lanes, **reading, group=PILED_GROUP if piled else group,
+        staged=staged, transposed=transposed, priority="evict_first", looped=looped, piled=piled, part=part,
+        short_keys=short_keys, short_pairs=short_pairs, add_minima=staged and lanes == 2, doubles=doubles,
+        ptx=not interpreting(), normalize=normalize,
     )  # fmt: skip
 
 
