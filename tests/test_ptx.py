@@ -191,6 +191,17 @@ def ties_of_far_rows(num_expert_sqrt, dtype):
     return x.to(dtype), y.to(dtype)
 
 
+def fine_logits(num_expert_sqrt, tokens_per_program):
+    """Logits of which some are too fine for integers that their sums fit in: not among the best, the best, and the last
+    of a list; a program of each."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(1, 101, (2, 3, tokens_per_program, num_expert_sqrt), generator=generator) / 32
+    values[:, 0] *= torch.randint(0, 2, values[:, 0].shape, generator=generator) * 2 - 1
+    values[:, 1] *= -1
+    fine = torch.randint(1, 8, values.shape, generator=generator) * 2.0**-20
+    return torch.where(torch.rand(values.shape, generator=generator) < 0.1, fine, values).flatten(1, 2)
+
+
 def logits_of(case, tokens_per_program):
     """Programs of tokens whose sums have few bits, then tokens of every kind, the largest logits last, so that not
     all programs have any. The longest rows take too long for that."""
@@ -206,6 +217,8 @@ def logits_of(case, tokens_per_program):
     if case.lanes:
         short[1, 0, 0] = INF
     parts = [short.to(case.dtype), (x[order], y[order])]
+    if case.expected.get("sum_bits"):
+        parts.insert(1, fine_logits(case.num_expert_sqrt, tokens_per_program).to(case.dtype))
     if case.dtype == FP32 and case.k <= 100:
         rounded = short[0, tokens_per_program]
         rounded[:2], rounded[-1] = torch.tensor([3.25, 3.5]), 3.25 + 2.0**-22

@@ -262,9 +262,11 @@ def taken(start, height, COUNT, STEP, least, PLAN):
 
 @triton.constexpr_function
 def _taking(count, key, step):
-    bits, (start, height, least) = key[1:], (f"${count + i}" for i in range(3))
+    """PTX that loads keys from a pile at $count, as many as the operand behind it says; others are the last operand."""
+    bits = key[1:]
     loads = (
-        f"setp.gt.s32 p, {height}, {i}; mov.b{bits} ${i}, {least}; @p ld.shared.b{bits} ${i}, [{start}+{step * i}];"
+        f"setp.gt.s32 p, ${count + 1}, {i}; mov.b{bits} ${i}, ${count + 2};"
+        f"@p ld.shared.b{bits} ${i}, [${count}+{step * i}];"
         for i in range(count)
     )
     return " ".join(["{ .reg .pred p;", *loads, "}"])
