@@ -107,7 +107,7 @@ CASES = [
     case(296, 20, BF16, 16, True, 2, tile_n=0, piled=0, group=32),
     # frontier.py: one piece, several, several tiles of them; in registers or in memory; fewer tokens a warp.
     case(64, 40, BF16, 16, True, 0, in_registers=True, piece=64, pieces=1, vector=16, sum_bits=19, direct=False),
-    case(64, 64, FP16, 16, True, 0, sum_bits=19, direct=True, ranks=64),
+    case(64, 64, FP16, 16, True, 0, sum_bits=19, direct=True, scores_dtype=FP32),
     case(20, 33, FP32, 0, True, 0, in_registers=True, piece=20, vector=0),
     case(33, 40, FP32, 4, False, 0, in_registers=True, piece=32, vector=4),
     case(100, 40, FP32, 16, True, 0, in_registers=True, pieces=4, vector=16),
@@ -138,7 +138,7 @@ CASES = [
 def plan_of(case):
     """As the launcher has it, but for one warp where a warp shares nothing with others."""
     num_expert_sqrt, k, dtype, alignment, doubles, num_lanes, normalize, expected = case
-    problem = num_expert_sqrt, k, dtype, dtype, max(alignment, 0)
+    problem = num_expert_sqrt, k, dtype, expected.get("scores_dtype", dtype), max(alignment, 0)
     if num_lanes:
         plan = lanes.plan_of(*problem, alignment < 0, doubles, num_lanes, normalize)
     else:
@@ -167,7 +167,8 @@ def kernels(tmp_path_factory):
 def run_kernel(kernel, tokens_per_program, x, y, case):
     """Scores and indices of all tokens, and what is saved of them if they are normalized."""
     k = case.k
-    scores, indices = torch.full((len(x), k), NAN, dtype=x.dtype), torch.full((len(x), k), -1, dtype=torch.int32)
+    scores = torch.full((len(x), k), NAN, dtype=case.expected.get("scores_dtype", x.dtype))
+    indices = torch.full((len(x), k), -1, dtype=torch.int32)
     tensors = {X: x, Y: y, SCORES: scores, INDICES: indices}
     saved = room_to_save(x, k, case.normalize) if case.normalize else None
     if case.normalize:
@@ -233,7 +234,7 @@ def test_every_kind_of_token(position, kernels):
     x, y = logits_of(case, tokens_per_program)
     assert len(x) % tokens_per_program != 0, "these tokens do not test a program that is not full"
     scores, indices, saved = run_kernel(kernel, tokens_per_program, x, y, case)
-    want, experts = factored_router(x, y, case.k)
+    want, experts = factored_router(x, y, case.k, scores.dtype)
     assert_same_bits([indices], [experts])
     if case.normalize is None:
         assert_same_bits([scores], [want])
