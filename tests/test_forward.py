@@ -23,7 +23,7 @@ from omni_kernels.forward import MAX_EXPERT_SQRT, forward
 
 FP32, FP16, BF16 = DTYPES
 CASES = [
-    (1, 1, FP32), (2, 1, BF16), (2, 4, FP16), (3, 5, BF16), (3, 9, FP32), (7, 2, FP16), (7, 49, BF16),
+    (1, 1, FP32), (2, 1, BF16), (2, 4, FP16), (3, 5, BF16), (3, 9, FP32), (7, 2, FP16),
     (16, 16, BF16), (16, 31, FP32), (33, 2, BF16), (33, 16, FP16), (64, 1, FP32), (64, 5, BF16), (100, 1, FP16),
     (100, 5, FP32), (MAX_EXPERT_SQRT, 2, BF16),
 ]  # fmt: skip

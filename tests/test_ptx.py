@@ -110,7 +110,6 @@ CASES = [
     case(200, 200, FP32, 16, True, 0, in_registers=False, tokens=8),
     case(64, 2, BF16, 16, True, 0, side=1),
     case(46340, 3, FP16, 8, True, 0, in_registers=True),
-    case(46340, 3, FP16, 8, False, 0, in_registers=True),
     # Normalized scores: staged or not, in tiles or logit by logit, ragged, transposed, by many lanes, half a list each.
     case(512, 8, BF16, 16, False, 2, normalize="log_softmax", short_pairs=True, tiles=2),
     case(66, 5, BF16, 4, True, 2, normalize="topk", short_pairs=True, vector=4, split=False),

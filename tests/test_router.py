@@ -393,6 +393,7 @@ def test_indices_changed_in_place_are_noticed(router, device):
 # Sizes ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not ON_GPU, reason="test_ptx runs the compiled kernel on rows as long")
 def test_largest_expert_sqrt(device):
     x, y = torch.randn(2, 1, 46340, device=device)
     x[0, -1], y[0, -1] = 100.0, 100.0
