@@ -111,7 +111,7 @@ def fresh_compiler():
 
 @pytest.mark.parametrize(
     ("num_tokens", "k", "dtype", "scores_dtype"),
-    [(5, 3, FP32, FP32), (5, 3, BF16, BF16), (5, 9, FP16, FP32), (0, 3, FP32, FP32), (5, 0, BF16, FP32)],
+    [(5, 3, BF16, BF16), (5, 9, FP16, FP32), (0, 3, FP32, FP32), (5, 0, BF16, FP32)],
 )
 def test_opcheck(num_tokens, k, dtype, scores_dtype, device):
     x, y = logits(num_tokens, 4, device, dtype)
@@ -126,7 +126,7 @@ def test_opcheck(num_tokens, k, dtype, scores_dtype, device):
     )
 
 
-@pytest.mark.parametrize(("num_tokens", "normalize"), [(5, "softmax"), (0, "softmax"), (5, "topk")])
+@pytest.mark.parametrize(("num_tokens", "normalize"), [(5, "softmax"), (0, "topk")])
 def test_opcheck_of_normalized_scores(num_tokens, normalize, device):
     x, y = logits(num_tokens, 4, device, BF16)
     _, chosen = route(x, y)

@@ -36,8 +36,7 @@ def test_environment_has_no_versions_of_its_own():
     assert environment["name"] == PROJECT["name"]
     assert python == "python" + PROJECT["requires-python"]
     assert pip == "pip"
-    assert through_pip == {"pip": ["-e .[test]"]}
-    assert "test" in PROJECT["optional-dependencies"]
+    assert through_pip == {"pip": ["-e .[study,test]"]}
 
 
 def test_readme_has_the_three_commands():
@@ -71,7 +70,7 @@ def test_ci_runs_tests_of_every_kernel_with_the_oldest_triton():
 
 def test_the_study_runs_with_one_pytorch_and_one_triton():
     """Triton's version is the one that PyTorch's builds for GPUs ask for: where PyTorch names one, they agree."""
-    pins = dict(line.split("==") for line in PROJECT["optional-dependencies"]["study"] if "==" in line)
+    pins = dict(line.split("==") for line in PROJECT["optional-dependencies"]["notebooks"] if "==" in line)
     assert set(pins) == {"torch", "triton"}
     asked = [line for line in importlib.metadata.requires("torch") if re.match(r"triton\b", line)]
     if importlib.metadata.version("torch").startswith(pins["torch"]) and asked:

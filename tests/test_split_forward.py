@@ -99,9 +99,8 @@ def test_long_rows(device):
     assert indices.tolist() == [[n**2 - 1, (n - 2) * n + n - 1, (n - 1) * n + n - 2]]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_layout_does_not_matter(dtype, device):
-    x, y = adversarial_logits(5, dtype, device)
+def test_layout_does_not_matter(device):
+    x, y = adversarial_logits(5, BF16, device)
     for views in mixed_layouts(x, y):
         assert_is_definition(*views, 3)
 
