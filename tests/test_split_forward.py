@@ -9,7 +9,6 @@ from cases import (
     ON_GPU,
     adversarial_logits,
     configurations,
-    dtype_name,
     factors,
     far_apart_logits,
     mixed_layouts,
