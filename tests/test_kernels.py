@@ -42,7 +42,7 @@ ROUTES = {
     "2 lanes": [*LANES, (64, 16, BF16), (33, 5, FP16)],
     "16 lanes": LANES,
     "frontier": [],
-    "tile": [*SIZES, (20, 7, FP32), (130, 5, FP16)],
+    "tile": [case for case in SIZES if case[0] * case[1] <= 1000] + [(20, 7, FP32), (130, 5, FP16)],
     "PyTorch": [],
 }
 if ON_GPU:
