@@ -407,21 +407,26 @@ def _register_pairs(name, router):
 def _register_scores(name, kernels):
     """The operators of normalized scores and of their gradient. Transforms, tangents and sizes without a kernel get
     PyTorch's operators instead."""
+    room = kernels.kernels.room_to_save
+
+    def whole(scores, indices, saved):
+        """As operators return it: empty tensors where there is nothing, or what the caller has."""
+        indices = scores.new_empty(0, dtype=torch.int32) if indices is None else indices
+        return scores, indices, scores.new_empty(0, dtype=torch.float32) if saved is None else saved
+
+    def compose(x, y, experts, *rest):
+        scores, indices = kernels.compose(x, y, experts, *rest)
+        return whole(scores, indices if experts is None else None, None)
 
     def fake(x, y, experts, k, scores_dtype, normalize, save):
         scores, indices = _empty_result(x, y, k, scores_dtype)
-        saved = kernels.kernels.room_to_save(x, k, normalize) if save else x.new_empty(0, dtype=torch.float32)
-        return scores, indices if experts is None else indices.new_empty(0), saved
+        return whole(scores, None if experts is not None else indices, room(x, k, normalize) if save else None)
 
     def run(x, y, experts, k, scores_dtype, normalize, save):
         if x.shape[0] and kernels.take(x, k):
-            *results, saved = kernels.run(x, y, experts, k, scores_dtype, normalize, save)
-            results.append(saved if save else None)
-        else:
-            scores, indices = kernels.compose(x, y, experts, k, scores_dtype, normalize, True)
-            results = scores, indices if experts is None else None, None
-        empty = fake(x[:0], y, experts, k, scores_dtype, normalize, save)
-        return tuple(other if part is None else part for part, other in zip(results, empty, strict=True))
+            scores, indices, saved = kernels.run(x, y, experts, k, scores_dtype, normalize, save)
+            return whole(scores, indices, saved if save else None)
+        return compose(x, y, experts, k, scores_dtype, normalize, True)
 
     def fake_gradients(_, __, x, y, *rest):
         return x.new_empty(x.shape), y.new_empty(y.shape)
@@ -432,8 +437,7 @@ def _register_scores(name, kernels):
 
     def differentiate(keys, x, y, experts, k, scores_dtype, normalize, save):
         if _C._are_functorch_transforms_active() or _tangents_come(x, y) or not kernels.take(x, k):
-            scores, indices = kernels.compose(x, y, experts, k, scores_dtype, normalize, False)
-            return scores, indices if experts is None else indices.new_empty(0), x.new_empty(0, dtype=torch.float32)
+            return compose(x, y, experts, k, scores_dtype, normalize, False)
 
         def run_below(*args):
             with _C._AutoDispatchBelowAutograd():
@@ -446,9 +450,8 @@ def _register_scores(name, kernels):
     def batch(info, in_dims, x, y, experts, *rest):
         tensors, shape = _fold_into_tokens(info, in_dims, x, y, experts)
         scores, indices, saved = operator(*tensors, *rest)
-        if experts is None:
-            return (scores.unflatten(0, shape), indices.unflatten(0, shape), saved), (0, 0, None)
-        return (scores.unflatten(0, shape), indices, saved), (0, None, None)
+        indices, dim = (indices.unflatten(0, shape), 0) if experts is None else (indices, None)
+        return (scores.unflatten(0, shape), indices, saved), (0, dim, None)
 
     chosen = "Tensor x, Tensor y, Tensor? experts, SymInt k, ScalarType scores_dtype, str normalize, bool save"
     grads = "Tensor grad_scores, Tensor indices, Tensor x, Tensor y, Tensor saved, str normalize"
