@@ -523,7 +523,7 @@ def test_calls_on_a_cpu_are_measured_once_and_told(no_tables, monkeypatch):
     case = rivals.Case(70, 8, 3, "bf16")
     add_run(monkeypatch, "none", "2.0", "nothing", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for name, value in {"CASES": [case], "ROUNDS": 3, "ROUND_S": 1e-6, "cpu_name": lambda: "A CPU"}.items():
+    for name, value in {"CASES": [case], "ROUNDS": 3, "cpu_name": lambda: "A CPU"}.items():
         monkeypatch.setattr(cpu, name, value)
     assert cpu.measure(again=False) == "1 cases measured now"
     assert cpu.measure(again=False) == "measured before"

@@ -3,7 +3,6 @@
 import functools
 import os
 
-import numpy as np
 import torch
 
 from omni_kernels import explain, factored, omni_router
@@ -112,5 +111,5 @@ def rows_of(x, y, num_rounds=ROUNDS):
             for name, (kind, call) in subjects.items()}  # fmt: skip
     works = {name: call for name, (_, call) in subjects.items() if not rows[name]["error"]}
     for name, times in timing.rounds_us(works, num_rounds).items():
-        rows[name] |= zip(speed.QUANTILES, np.quantile(times, list(speed.QUANTILES.values())).tolist(), strict=True)
+        rows[name] |= speed.quantiles(times)
     return list(rows.values())

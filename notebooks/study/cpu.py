@@ -1,16 +1,14 @@
 """What a call takes on a machine without a GPU, where PyTorch routes, beside the composition that people write."""
 
 import os
-import time
 
-import numpy as np
 import torch
 
 from omni_kernels import brute_force_router, omni_router
 
-from . import rivals, tables
+from . import rivals, tables, timing
 from .rivals import FACTORED, OMNI, Case
-from .speed import QUANTILES, logits
+from .speed import logits, quantiles
 
 CASES = [
     Case(4096, 256, 16, "fp32"),
@@ -22,7 +20,6 @@ CASES = [
     Case(4096, 1024, 64, "fp32"),
 ]
 ROUNDS = 25  # both calls in turn in each
-ROUND_S = 0.04  # what one call's share of a round takes
 CHECKED = 64  # tokens that are held against the definition
 
 
@@ -49,22 +46,10 @@ def rows_of(case):
     x, y = logits(case, "cpu")
     calls = {OMNI: lambda: omni_router(x, y, case.k), FACTORED: lambda: rivals.product_keys(x, y, case.k, torch.topk)}
     want = brute_force_router(x[:CHECKED], y[:CHECKED], case.k)
-    counts = {name: max(1, int(ROUND_S / min(_seconds(call, 1) for _ in range(3)))) for name, call in calls.items()}
-    found = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            found[name].append(1e6 * _seconds(call, counts[name]))
-    for name, call in calls.items():
-        alike = all(torch.equal(part[:CHECKED], right) for part, right in zip(call(), want, strict=True))
-        times = zip(QUANTILES, np.quantile(found[name], list(QUANTILES.values())).tolist(), strict=True)
-        yield {"rival": name, **case._asdict(), **dict(times), "result": "equal" if alike else "others among ties"}
-
-
-def _seconds(call, count):
-    start = time.perf_counter()
-    for _ in range(count):
-        call()
-    return (time.perf_counter() - start) / count
+    for name, times in timing.rounds_us(calls, ROUNDS).items():
+        alike = all(torch.equal(part[:CHECKED], right) for part, right in zip(calls[name](), want, strict=True))
+        result = "equal" if alike else "others among ties"
+        yield {"rival": name, **case._asdict(), **quantiles(times), "result": result}
 
 
 def cpu_name():

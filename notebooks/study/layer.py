@@ -7,7 +7,6 @@ not right is not timed.
 import functools
 import os
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -195,7 +194,7 @@ def rows_of(case, known=frozenset()):
         rows[name] |= failed or {"method": "rounds"}
     works = {name: step for name, step in steps.items() if not rows[name]["error"]}
     for name, times in timing.rounds_us(works, calls.ROUNDS).items():
-        rows[name] |= zip(speed.QUANTILES, np.quantile(times, list(speed.QUANTILES.values())).tolist(), strict=True)
+        rows[name] |= speed.quantiles(times)
     return list(rows.values())
 
 

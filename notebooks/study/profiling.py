@@ -15,11 +15,12 @@ import sys
 
 import torch
 
-from . import tables
+from omni_kernels import omni_router
+
+from . import speed, tables
+from .rivals import OMNI, RIVALS
 
 LADDER = pathlib.Path(__file__).parents[1] / "ladder"
-SHIPPED = "omni_router"
-SIZES = {"num_tokens": 65536, "num_expert_sqrt": 256, "k": 16, "dtype": "bfloat16"}
 # A round of these reads all sums of a token, and ncu runs each kernel many times: fewer tokens tell as much.
 FEW_TOKENS = {"rung1_all_sums": 1024, "rung2_one_kernel": 8192}
 
@@ -107,22 +108,18 @@ def _total(values):
 
 def call_of(name, num_tokens):
     """A call of a rung, or of the shipped router, on random logits."""
-    dtype, k, size = getattr(torch, SIZES["dtype"]), SIZES["k"], SIZES["num_expert_sqrt"]
-    x, y = (torch.randn((num_tokens, size), device="cuda").to(dtype) for _ in range(2))
-    if name == SHIPPED:
-        from omni_kernels import omni_router
-
-        return functools.partial(omni_router, x, y, k)
-    module = importlib.import_module(f"ladder.{name}")
-    if hasattr(module, "route"):
-        return functools.partial(module.route, x, y, k)
-    experts = torch.randint(size**2, (num_tokens, k), device="cuda", dtype=torch.int32)
-    return functools.partial(module.gradient, x[:, :k].contiguous(), experts, size)
+    case = speed.MAIN._replace(num_tokens=num_tokens)
+    x, y = speed.logits(case)
+    if name in RIVALS:
+        return functools.partial(RIVALS[name].route, x, y, case.k)
+    _, experts = omni_router(x, y, case.k)
+    gradient = importlib.import_module(f"ladder.{name}").gradient
+    return functools.partial(gradient, x[:, : case.k].contiguous(), experts, case.num_expert_sqrt)
 
 
 def names():
     """The rungs, in order, and the shipped router."""
-    return [*sorted(path.stem for path in LADDER.glob("*.py")), SHIPPED]
+    return [*sorted(path.stem for path in LADDER.glob("*.py")), OMNI]
 
 
 def call_twice(name, num_tokens):
@@ -147,12 +144,12 @@ def measure():
     refused = []
     with tables.recording("profile") as record:
         for name in names():
-            num_tokens = FEW_TOKENS.get(name, SIZES["num_tokens"])
+            case = speed.MAIN._replace(num_tokens=FEW_TOKENS.get(name, speed.MAIN.num_tokens))
             run = subprocess.run(
-                command(name, num_tokens), cwd=LADDER.parent, capture_output=True, encoding="utf-8", check=False
+                command(name, case.num_tokens), cwd=LADDER.parent, capture_output=True, encoding="utf-8", check=False
             )
             try:
-                record({"rung": name, **SIZES, "num_tokens": num_tokens, **row_of(kernels(run.stdout))})
+                record({"rival": name, **case._asdict(), **row_of(kernels(run.stdout))})
             except ValueError as error:
                 refused.append(f"{name}: {error} {run.stderr[-500:]}")
     return "\n".join([f"{len(names()) - len(refused)} rungs profiled", *refused])

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import time
 
+import numpy as np
 import torch
 import triton
 from triton.runtime.autotuner import Autotuner
@@ -137,6 +138,11 @@ def examined(rival, num_expert_sqrt, k):
 
 
 # --- measuring ---
+
+
+def quantiles(times):
+    """The columns of a row that say what some rounds took."""
+    return dict(zip(QUANTILES, np.quantile(times, list(QUANTILES.values())).tolist(), strict=True))
 
 
 def measure(again="OMNI_AGAIN" in os.environ):

@@ -87,12 +87,17 @@ def rounds_us(calls, num_rounds):
 
 def _back_to_back_us(call, count):
     call()
-    torch.cuda.synchronize()
+    _wait()
     start = time.perf_counter()
     for _ in range(count):
         call()
-    torch.cuda.synchronize()
+    _wait()
     return 1e6 * (time.perf_counter() - start) / count
+
+
+def _wait():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def do_bench(call, **options):
