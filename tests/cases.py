@@ -3,8 +3,10 @@
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -54,6 +56,20 @@ def compile_for(arch, kernel, pointers, constants, **options):
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
     source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def cuobjdump(binary, option):
+    """What Triton's cuobjdump says of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def stack_of(binary):
+    """How many bytes a thread of a compiled kernel keeps outside its registers."""
+    return int(re.search(r"STACK:(\d+)", cuobjdump(binary, "-res-usage"))[1])
 
 
 def compile_plan(plan, arch=90, **constants):

@@ -6,14 +6,11 @@ import json
 import multiprocessing
 import pkgutil
 import re
-import subprocess
-import tempfile
 import warnings
 
 import pytest
 import torch
-import triton
-from cases import POINTERS, compile_for, compile_plan, compiled_by
+from cases import POINTERS, compile_for, compile_plan, compiled_by, cuobjdump, stack_of
 from triton.runtime.jit import KernelInterface
 
 import omni_kernels
@@ -107,16 +104,9 @@ def compile_kernel(case):
         pointers = {arg: POINTERS[DTYPES[dtype]] for arg in kernel.arg_names if arg.endswith("_ptr")}
         pointers |= {"indices_ptr": "*i32", "grad_x_ptr": "*fp32", "grad_y_ptr": "*fp32"}
         binary = compile_for(arch, kernel, pointers, KERNELS[name])
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        usage, code = (
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    stack = int(re.search(r"STACK:(\d+)", usage)[1]) - sum(map(int, re.findall(r"private\[(\d+)\]", binary.asm["ptx"])))
-    return case, re.search(r"\.target (\w+)", binary.asm["ptx"])[1], stack, re.findall(r"LDGSTS[^;]*", code)
+    stack = stack_of(binary) - sum(map(int, re.findall(r"private\[(\d+)\]", binary.asm["ptx"])))
+    copies = re.findall(r"LDGSTS[^;]*", cuobjdump(binary, "-sass"))
+    return case, re.search(r"\.target (\w+)", binary.asm["ptx"])[1], stack, copies
 
 
 def test_every_kernel_is_listed():

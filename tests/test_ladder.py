@@ -8,9 +8,7 @@ import importlib
 import json
 import pathlib
 import re
-import subprocess
 import sys
-import tempfile
 import warnings
 from unittest import mock
 
@@ -27,6 +25,7 @@ from cases import (
     compiled_by,
     is_poisoned,
     oracle_backward,
+    stack_of,
 )
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -136,12 +135,7 @@ def compile_rung(name, num_expert_sqrt, k, dtype, arch):
         aligned = {(i,): [["tt.divisibility", 16]] for i, key in enumerate(kernel.arg_names) if key.endswith("_ptr")}
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
         binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(binary.asm["cubin"])
-            file.flush()
-            command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        yield name, re.search(r"\.target (\w+)", binary.asm["ptx"])[1], int(re.search(r"STACK:(\d+)", usage)[1])
+        yield name, re.search(r"\.target (\w+)", binary.asm["ptx"])[1], stack_of(binary)
 
 
 def test_every_rung_compiles_and_spills_nothing(tmp_path):
