@@ -170,7 +170,7 @@ def normalize_sums(sums, x, y, best_x, best_y, normalize, totals=None):
     if normalize == "topk":
         masked = (sums == -torch.inf).all(1, keepdim=True)
         chances = sums.masked_fill(masked, 0.0).softmax(1).masked_fill(masked, 0.0)
-        return chances + torch.where(best.float() < torch.inf, 0.0, torch.nan)
+        return chances * torch.where(best.float() < torch.inf, 1.0, torch.nan)  # and so are its derivatives
     if totals is None:
         totals = map(sum_of_exponentials, (x, y), origins(best_x, best_y))
     for total, row_best in zip(totals, (best_x, best_y), strict=True):

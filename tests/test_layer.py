@@ -203,16 +203,24 @@ def test_gradients_are_those_of_the_definition(scale, num_expert_sqrt, k, dtype,
     size = grad.abs().sum(1, keepdim=True).double()
     for part, right, fp32 in zip(got, want, own, strict=True):
         assert part.dtype == dtype
-        allowed = 2 * ((fp32 - right).abs() / size).amax() + 2**-23
+        allowed = 2 * ((fp32 - right).abs() / size).amax() + 2**-21  # a GPU's powers of 2 are 2 units off
         rounding = 0 if dtype == FP32 else torch.finfo(dtype).eps / 2 * right.abs() + torch.finfo(dtype).tiny
         assert ((part - right).abs() <= allowed * size + rounding).all()
+
+
+@pytest.mark.usefixtures("kernels")
+def test_no_gradient_of_a_best_score_of_infinity(device):
+    x, y = torch.tensor([[[3e38, 0.0, -1.0], [1.0, 0.0, -1.0]]] * 2, device=device)
+    grad_x, grad_y = gradients(lambda x, y: omni_router(x, y, 2, normalize="topk"), x, y, torch.ones(2, 2))
+    assert grad_x[0, 0].isnan() and grad_y[0, 0].isnan()
+    assert not grad_x[1].isnan().any() and not grad_y[1].isnan().any()
 
 
 @NORMALIZED
 @given(logits=factors(), data=st.data())
 @settings(max_examples=60)
 def test_no_gradient_is_nan(normalize, logits, data):
-    """Whatever is masked; and a token that is masked altogether has none."""
+    """Whatever is masked, unless the scores are; and a token that is masked altogether has none."""
     x, y = (part.nan_to_num(1.0, -INF, -INF) for part in logits)
     k = data.draw(st.integers(0, x.shape[1] ** 2), label="k")
     x, y = leaves(x, y)
@@ -220,7 +228,7 @@ def test_no_gradient_is_nan(normalize, logits, data):
     grads = torch.autograd.grad(scores, (x, y), torch.linspace(-1, 1, scores.numel()).view_as(scores))
     masked = (x == -INF).all(1) | (y == -INF).all(1)
     for grad in grads:
-        assert not grad.isnan().any()
+        assert not grad[~scores.isnan().any(1)].isnan().any()
         assert not grad[masked].any()
 
 
@@ -303,7 +311,11 @@ VIEWS = {
 def test_views_of_leading_dimensions(view, normalize, device):
     x, y = map(VIEWS[view], random_logits(2, 3, 5, device=device))
     got = omni_router(x, y, 4, normalize=normalize)
-    assert_same_bits(got, omni_router(x.contiguous(), y.contiguous(), 4, normalize=normalize))
+    want = omni_router(x.contiguous(), y.contiguous(), 4, normalize=normalize)
+    same = assert_same_bits
+    if x.stride(-1) > 1:  # columns that are read one by one are added up in another order
+        same = functools.partial(assert_same_but_for_rounding, normalize=normalize)
+    same(got, want)
     backwards = got[1].flip(-1).transpose(0, -1).contiguous().transpose(0, -1)
     assert_same_bits([replay(x, y, backwards, normalize=normalize).flip(-1)], got[:1])
 

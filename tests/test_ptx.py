@@ -192,6 +192,9 @@ def logits_of(case, tokens_per_program):
     if case.lanes:
         short[1, 0, 0] = INF
     parts = [short.to(case.dtype), (x[order], y[order])]
+    if case.normalize:  # largest logits of which log2(e) times as much is far from a number of fp32
+        far = torch.randn((2, 8, case.num_expert_sqrt), generator=generator) * 2.0 ** torch.arange(20, 36, 2)[:, None]
+        parts.insert(1, far.to(case.dtype))
     if case.dtype == FP32 and case.k <= 100:
         rounded = short[0, tokens_per_program]
         rounded[:2], rounded[-1] = torch.tensor([3.25, 3.5]), 3.25 + 2.0**-22

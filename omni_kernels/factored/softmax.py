@@ -6,7 +6,8 @@ read anyway. exp makes a relative error of an absolute one. So the difference of
 with what rounding took from it, as `high` and `low`, and exp of it goes by way of 2**n.
 
 exp of a logit - largest is exp2(logit * slope - origin), one multiply-add and one special function. Rounding the origin
-moves all exponents of a row alike; a correction of their sum takes that back.
+moves all exponents of a row alike; a correction of their sum takes that back. Where logits are so large that it moved
+them out of fp32's range, the slope is 1, which rounds nothing.
 """
 
 import math
@@ -20,7 +21,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LN2_HIGH, LN2_LOW = tl.constexpr(0.693359375), tl.constexpr(-2.12194440e-4)  # few bits, so that n times it is exact
 ROUNDS = tl.constexpr(1.5 * 2.0**23)  # added and subtracted again, leaves an integer
-HUGE = tl.constexpr(1e37)  # logits whose neighbours are so far away that only equal ones have a power above 0
+HUGE = tl.constexpr(2.0**30)  # the next logit below is 64 less: its power is nothing beside 1
 UP = tl.constexpr(2.0**64)  # keeps what becomes subnormal above that until the last multiplication
 ONE = tl.constexpr(2.0**40)  # of a power as an integer: integers add up to the same in any order
 LEAST = tl.constexpr(-104.0)  # whose exp rounds to 0
@@ -124,7 +125,7 @@ def total_of_integers(integers):
 def _scale_of_row(best):
     """slope and origin of the powers of a row whose largest logit is `best`, and the correction of their sum."""
     best = origin_of_row(best)
-    slope = tl.where(tl.abs(best) < HUGE, LOG2E, 0.125)
+    slope = tl.where(tl.abs(best) < HUGE, LOG2E, 1.0)
     origin = best * slope
     return slope, origin, tl.exp2(-tl.fma(best, slope, -origin))
 
