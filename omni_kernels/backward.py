@@ -92,7 +92,8 @@ def _given(grad_ptrs, saved_ptr, tokens, slots, num_tokens, mean, mask, PLAN):
     elif PLAN.sums_rows:
         largest_x, _ = _saved_of_rows(saved_ptr, tokens, 0, mask)
         largest_y, _ = _saved_of_rows(saved_ptr, tokens, 1, mask)
-        grad = tl.where((largest_x == float("-inf")) | (largest_y == float("-inf")), 0.0, grad)
+        masked = (largest_x == float("-inf")) | (largest_y == float("-inf"))
+        grad = tl.where(masked & (largest_x + largest_y == float("-inf")), 0.0, grad)  # of no poisoned token
     return grad
 
 

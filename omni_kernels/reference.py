@@ -168,7 +168,7 @@ def normalize_sums(sums, x, y, best_x, best_y, normalize, totals=None):
     """
     best = best_x.double() + best_y
     if normalize == "topk":
-        masked = (sums == -torch.inf).all(1, keepdim=True)
+        masked = (sums == -torch.inf).all(1, keepdim=True) & (best < torch.inf)
         chances = sums.masked_fill(masked, 0.0).softmax(1).masked_fill(masked, 0.0)
         return chances * torch.where(best.float() < torch.inf, 1.0, torch.nan)  # and so are its derivatives
     if totals is None:

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import omni_kernels
-from omni_kernels import brute_force_router, explain, omni_router, operators, reference, replay
+from omni_kernels import brute_force_router, configs, explain, omni_router, operators, reference, replay
 from omni_kernels.checks import NORMALIZE
 
 pytestmark = pytest.mark.usefixtures("pytorch_routes")
@@ -208,10 +208,25 @@ def test_gradients_are_those_of_the_definition(scale, num_expert_sqrt, k, dtype,
         assert ((part - right).abs() <= allowed * size + rounding).all()
 
 
+@NORMALIZED
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=dtype_name)
+def test_gradients_by_kernels_are_those_by_pytorch(dtype, normalize, device, monkeypatch):
+    """Of masked and of poisoned tokens, too."""
+    x, y = adversarial_logits(9, dtype, device)
+    grad = random_logits(len(x), 5, device=device)[0]
+    found = []
+    for has_kernels in (configs.has_kernels, lambda _: False):
+        monkeypatch.setattr(operators, "has_kernels", has_kernels)
+        found.append(gradients(lambda x, y: omni_router(x, y, 5, FP32, normalize), x, y, grad))
+    torch.testing.assert_close(*found, rtol=4e-6 if dtype == FP32 else 0.008, atol=4e-6, equal_nan=True)
+
+
 @pytest.mark.usefixtures("kernels")
 def test_no_gradient_of_a_best_score_of_infinity(device):
     x, y = torch.tensor([[[3e38, 0.0, -1.0], [1.0, 0.0, -1.0]]] * 2, device=device)
-    grad_x, grad_y = gradients(lambda x, y: omni_router(x, y, 2, normalize="topk"), x, y, torch.ones(2, 2))
+    grad_x, grad_y = gradients(
+        lambda x, y: omni_router(x, y, 2, normalize="topk"), x, y, torch.ones(2, 2, device=device)
+    )
     assert grad_x[0, 0].isnan() and grad_y[0, 0].isnan()
     assert not grad_x[1].isnan().any() and not grad_y[1].isnan().any()
 
