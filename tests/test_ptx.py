@@ -58,14 +58,19 @@ def case(*problem, normalize=None, **expected):
 CASES = [
     # In tiles, staged; pairs in 32 bits, or in 64.
     case(64, 16, BF16, 16, True, 2, short_pairs=True, staged=True, tile_n=64, chunk=2),
-    case(64, 32, BF16, 16, False, 2, short_pairs=False, staged=True, tile_n=64, chunk=1),
+    case(64, 32, BF16, 16, False, 2, short_pairs=True, staged=True, tile_n=64, chunk=1),
     case(512, 8, BF16, 16, False, 2, short_pairs=True, staged=True, tile_n=256, chunk=4),
     case(66, 5, BF16, 4, True, 2, short_pairs=True, staged=True, tile_n=66, chunk=2, vector=4),
     case(256, 4, BF16, 16, False, 4, short_pairs=True, staged=True, segment=128, chunk=4),
     case(64, 10, FP16, 16, True, 2, short_pairs=False, staged=True, tile_n=64, chunk=2),
     case(68, 4, FP16, 8, False, 2, staged=True, tile_n=68, chunk=4, vector=8),
     case(128, 10, BF16, 16, True, 2, looped=True, short_pairs=True, tile_n=128, chunk=4, add_minima=True),
-    case(256, 20, BF16, 16, True, 2, looped=True, short_pairs=False, tile_n=256, chunk=4, add_minima=False),
+    case(256, 20, BF16, 16, True, 2, looped=True, short_pairs=True, tile_n=256, chunk=4, add_minima=False),
+    # By a pile: in one tile or several, of whole vectors or not, of fewer keys than are sorted at once.
+    case(360, 32, BF16, 16, True, 2, part=40, piled=56, tile_n=120),
+    case(330, 18, FP16, 4, False, 2, part=22, piled=38, tile_n=110, vector=4),
+    case(280, 20, FP16, 16, True, 2, part=8, piled=24, tile_n=56, group=16),
+    case(264, 24, BF16, 16, False, 2, part=8, piled=24, tile_n=88),
     # Straight from global memory, ragged or not.
     case(100, 10, BF16, 8, True, 4, staged=False, segment=52, tile_n=52, chunk=1),
     case(256, 5, BF16, 16, True, 16, staged=False, segment=32, chunk=2),
@@ -95,6 +100,7 @@ CASES = [
     case(20, 7, FP32, 0, False, 2, tile_n=0),
     case(40, 5, FP32, 0, True, 2, tile_n=0),
     case(1, 1, BF16, 2, True, 2, tile_n=0),
+    case(296, 20, BF16, 16, True, 2, tile_n=0, part=0, group=32),
     # frontier.py: one piece, several, several tiles of them; in registers or in memory; fewer tokens a warp.
     case(64, 40, BF16, 16, True, 0, in_registers=True, piece=64, pieces=1, vector=16),
     case(20, 33, FP32, 0, True, 0, in_registers=True, piece=20, vector=0),
@@ -110,6 +116,7 @@ CASES = [
     case(512, 8, BF16, 16, False, 2, normalize="log_softmax", short_pairs=True, tiles=2),
     case(66, 5, BF16, 4, True, 2, normalize="topk", short_pairs=True, vector=4, split=False),
     case(128, 10, BF16, 16, True, 2, normalize="softmax", looped=True, short_pairs=True),
+    case(360, 17, BF16, 16, True, 2, normalize="softmax", piled=56, tiles=3),
     case(100, 10, BF16, 8, True, 4, normalize="softmax", staged=False, ragged=True),
     case(100, 4, FP32, 16, True, 8, normalize="log_softmax", staged=False, ragged=True),
     case(256, 3, FP32, 16, False, 2, normalize="softmax", short_keys=True, tiles=2),

@@ -44,6 +44,8 @@ from .rows import (
     chunks_listed,
     columns_are_vectors,
     exact_keys,
+    improved,
+    keys_of_columns,
     lowest_keys,
     row_alignment,
     rows_of_lanes,
@@ -65,6 +67,7 @@ from .softmax import (
 
 MAX_EXPERTS_PER_TOKEN = 32  # more would not fit in a lane's registers
 TILE_BYTES = 512  # what of a row a lane has at hand at once
+PILED_TILE, PART, PILED_GROUP = 200, 40, 16  # columns of a tile, those that may go on a pile at once, and are sorted
 LOOPED_TILE = 256  # columns of a tile that loops go over, where a multiprocessor has the shared memory for it
 TRANSPOSED_TILE = 128  # columns of a tile that several warps copy together; a program has 48 KiB for it
 MIN_TILE = 64  # columns below which a tile is not worth its merge
@@ -88,6 +91,7 @@ class LanesPlan(Plan):
     transposed: bool  # whether several warps copy columns together
     priority: str  # of the rows, in L2: "evict_first" or "evict_normal"
     looped: bool  # whether loops over short networks sort a tile
+    part: int  # columns of a tile that a lane looks at before it sorts those better than its best; 0: it sorts all
     short_keys: bool  # whether fp32 logits are first sorted by the upper bits that fit beside a column in 32
     short_pairs: bool  # whether keys of pairs have 32 bits, where the sums leave room for it
     add_minima: bool  # whether the smaller of two keys is their sum less the larger
@@ -160,6 +164,15 @@ class LanesPlan(Plan):
         behind = chunks_listed(self) if self.looped else 0
         vectors = -(-(self.tile_n * self.itemsize + behind) // self.vector)
         return (vectors | 1) * self.vector
+
+    @property
+    def piled(self):
+        """The columns better than the best before that a lane has room for: a part, and less than a group before it."""
+        return self.part + self.group if self.part else 0
+
+    @property
+    def shared_bytes(self):
+        return self.threads * (self.pitch + 4 * self.piled)
 
     @property
     def parts(self):
@@ -265,7 +278,9 @@ def lanes_kernel(
     if PLAN.tile_n > 0:
         segment = row_ptrs.to(tl.int64) + first_column * PLAN.itemsize
         if PLAN.staged:
-            buffer = allocate_rows(lane, PLAN.threads * PLAN.pitch)
+            buffer = allocate_rows(lane, PLAN.shared_bytes)
+            pile = buffer + PLAN.threads * PLAN.pitch + lane * 4
+            top = pile
             _copy_tile(
                 buffer, segment, x_ptr, y_ptr, stride_xn, stride_yn, first_token, num_tokens, lane * 0, lane >= 0, PLAN
             )  # fmt: skip
@@ -283,7 +298,17 @@ def lanes_kernel(
                     wait_for_rows(lane * 0, 1)
                     if PLAN.transposed:
                         turn_columns(buffer, 0, PLAN.tile_n, PLAN)
-            if not PLAN.looped:
+            if PLAN.part > 0:
+                for start in tl.range(0, PLAN.tile_n, PLAN.part):
+                    first = hide(lane * 0 + start)
+                    keys = keys_of_columns(
+                        row + first * PLAN.itemsize, column + first, PLAN.part, PLAN.vector, PLAN.element_ty, PLAN
+                    )  # fmt: skip
+                    ends = (start == PLAN.tile_n - PLAN.part) & (PLAN.sums_rows | (step == PLAN.tiles - 1))
+                    kept = tl.where(ends, 0, PLAN.group)
+                    best, top = improved(best, keys, top, pile, kept, PLAN, one)
+                more = best
+            elif not PLAN.looped:
                 keys, doubt = candidates_of_tile(row, skip - column, PLAN, one)
                 if PLAN.short_keys or PLAN.sums_rows:
                     more = best_of_groups(keys, PLAN.listed, PLAN, one)
@@ -305,9 +330,9 @@ def lanes_kernel(
                     buffer, segment, x_ptr, y_ptr, stride_xn, stride_yn, first_token, num_tokens, column + PLAN.tile_n,
                     lane * 0 + step + 1 < PLAN.tiles, PLAN,
                 )  # fmt: skip
-            if not (PLAN.looped or PLAN.short_keys or PLAN.sums_rows):
+            if not (PLAN.looped or PLAN.short_keys or PLAN.sums_rows or PLAN.part > 0):
                 more = best_of_groups(keys, PLAN.own, PLAN, one)
-            if PLAN.tiles == 1:
+            if PLAN.tiles == 1 or PLAN.part > 0:
                 best = more
             else:
                 best = merge(best + shift(more, column, PLAN), PLAN.own, PLAN.own, PLAN, one)
@@ -451,6 +476,7 @@ def plan_of(num_expert_sqrt, k, dtype, scores_dtype, alignment, transposed, doub
     group = min(32, max(8, 1 << (ranks - 1).bit_length()))
     reading = {"segment": -(-num_expert_sqrt // (lanes // 2)), "tile_n": 0, "chunk": 1, "vector": 0}
     staged = looped = short_keys = False
+    part = 0
     if vector >= 4 and not interpreting():
         step = vector // itemsize
         segment = -(-num_expert_sqrt // (lanes // 2 * step)) * step
@@ -464,26 +490,31 @@ def plan_of(num_expert_sqrt, k, dtype, scores_dtype, alignment, transposed, doub
         tile_n, chunk = widest_tile(LOOPED_TILE if itemsize == 2 or doubles else TILE_BYTES // 4), 4
         looped = staged and not ragged and vector >= 4 * itemsize and group >= 16 and (itemsize == 2 or k <= 16)
         looped = looped and tile_n >= 8 * k and tile_n % (4 * group) == 0
-        if not looped:
+        if k > 16 and itemsize == 2 and lanes == 2 and segment > LOOPED_TILE and not transposed:
+            looped, tile_n, chunk = False, widest_tile(PILED_TILE), 1
+            part = next(n for n in range(PART, 0, -1) if tile_n % n == 0 and n % step == 0)
+        elif not looped:
             tile_n = widest_tile(TILE_BYTES // itemsize // (2 if k > 16 else 1))
             chunks = (c for c in (4, 2) if 4 <= c * itemsize <= vector and tile_n % c == 0 and tile_n >= 2 * c * k)
             chunk = 1 if ragged else next(chunks, 1)
-        if tile_n >= min(segment, MIN_TILE):
+        if tile_n >= min(segment, PART if part else MIN_TILE):
             reading = {"segment": segment, "tile_n": tile_n, "chunk": chunk, "vector": vector}
         else:
             staged = looped = short_keys = False
+            part = 0
     transposed = transposed and staged
     # A pair's sum may share 32 bits with row and rank where that leaves it the bits that sums of such logits have.
     sum_bits = 23 - (num_expert_sqrt - 1).bit_length() - (ranks - 1).bit_length()
-    short_pairs = dtype == torch.bfloat16 and staged and k <= 16 and sum_bits >= SUM_BITS
+    short_pairs = dtype == torch.bfloat16 and staged and sum_bits >= SUM_BITS
     short_pairs = short_pairs and reading["tile_n"] * itemsize >= 4 * ranks
     # Two warps a program run closer together and share more of the code they fetch, which long code gains from.
     warps = 2 if staged and itemsize == 2 and reading["tile_n"] * itemsize == TILE_BYTES else 1
     warps = 8 // itemsize if transposed else warps  # whose tokens fill a cache line of a column
     return LanesPlan(
-        num_expert_sqrt, k, dtype, scores_dtype, warps, lanes, **reading, group=group, staged=staged,
-        transposed=transposed, priority="evict_first", looped=looped, short_keys=short_keys, short_pairs=short_pairs,
-        add_minima=staged and lanes == 2 and k <= 16, doubles=doubles, ptx=not interpreting(), normalize=normalize,
+        num_expert_sqrt, k, dtype, scores_dtype, warps, lanes, **reading, group=PILED_GROUP if part else group,
+        staged=staged, transposed=transposed, priority="evict_first", looped=looped, part=part, short_keys=short_keys,
+        short_pairs=short_pairs, add_minima=staged and lanes == 2 and k <= 16, doubles=doubles,
+        ptx=not interpreting(), normalize=normalize,
     )  # fmt: skip
 
 

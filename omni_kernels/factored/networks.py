@@ -227,3 +227,45 @@ def merge_best(keys, FIRST, K, PLAN, one=None):
 def settle(keys, PLAN):
     """Two steps of an odd-even transposition sort."""
     return _run(keys, "settle", 0, len(keys), PLAN, None)
+
+
+@triton.jit
+def pile_up(keys, least, top, STEP, PLAN):
+    """Put the keys above `least` on a pile in shared memory, STEP bytes apart. It ends at `top`, and at the result."""
+    KEY: tl.constexpr = _key_type(keys[0].dtype, PLAN)
+    return tl.inline_asm_elementwise(
+        _piling(len(keys), KEY, STEP), "=&r,r," + _registers(KEY, len(keys) + 1), (top, least) + keys, tl.int32, False,
+        1,
+    )  # fmt: skip
+
+
+@triton.constexpr_function
+def _piling(count, key, step):
+    """PTX that puts those of the keys from $3 on that are above $2 on a pile that ends at $1, and at $0 then."""
+    stores = (
+        f"setp.gt.{key} p, ${3 + i}, $2; @p st.shared.b{key[1:]} [$0], ${3 + i}; @p add.s32 $0, $0, {step};"
+        for i in range(count)
+    )
+    return " ".join(["{ .reg .pred p; mov.b32 $0, $1;", *stores, "}"])
+
+
+@triton.jit
+def taken(start, height, COUNT, STEP, least, PLAN):
+    """A tuple of COUNT keys from a pile, of which `height` are there; the others are `least`."""
+    KEY: tl.constexpr = _key_type(least.dtype, PLAN)
+    return tl.inline_asm_elementwise(
+        _taking(COUNT, KEY, STEP), _registers(KEY, COUNT, "=&") + ",r,r," + _registers(KEY, 1), (start, height, least),
+        copies(least.dtype, COUNT), False, 1,
+    )  # fmt: skip
+
+
+@triton.constexpr_function
+def _taking(count, key, step):
+    """PTX that loads keys from a pile at $count, as many as the operand behind it says; others are the last operand."""
+    bits = key[1:]
+    loads = (
+        f"setp.gt.s32 p, ${count + 1}, {i}; mov.b{bits} ${i}, ${count + 2};"
+        f"@p ld.shared.b{bits} ${i}, [${count}+{step * i}];"
+        for i in range(count)
+    )
+    return " ".join(["{ .reg .pred p;", *loads, "}"])

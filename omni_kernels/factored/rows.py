@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .keys import index_bits, lowest, pack, pack_tuple, unpack
-from .networks import best_of, is_turned, merge, settle, sort
+from .networks import best_of, is_turned, merge, merge_best, pile_up, settle, sort, taken
 from .ptx import (
     copies,
     hide,
@@ -295,6 +295,26 @@ def best_in_loops(row, buffer, num_tokens, PLAN, one):
                 keys = keys + _keys_of_chunk(row, ((numbers >> (8 * byte)) & NUMBER) * PLAN.chunk, PLAN)
         best = merge(best + sort(keys, PLAN.listed, PLAN, one), PLAN.listed, PLAN.listed, PLAN, one)
     return best, doubt, total
+
+
+@triton.jit
+def improved(best, keys, top, pile, kept, PLAN, one):
+    """The best of a descending tuple and of keys in no order, and where the lane's pile ends then.
+
+    Most columns of a long row are no better than the last of the best so far. Those that are go on a pile in shared
+    memory. What is on top of it, a group at a time, is sorted and merged until no lane has more than `kept` there. So
+    how long that takes depends on the logits: if they rise, all pass.
+    """
+    K: tl.constexpr = len(best)
+    STEP: tl.constexpr = pile.shape[0] * keys[0].dtype.primitive_bitwidth // 8
+    top = pile_up(keys, best[K - 1], top, STEP, PLAN)
+    height = tl.max((top - pile) // STEP, 0)
+    for _ in tl.range((height - kept + PLAN.group - 1) // PLAN.group):
+        start = tl.maximum(top - PLAN.group * STEP, pile)
+        group = taken(start, (top - start) // STEP, PLAN.group, STEP, lowest(best[0], PLAN), PLAN)
+        best = merge_best(best + sort(group, K, PLAN, one), K, K, PLAN, one)
+        top = start
+    return best, top
 
 
 @triton.constexpr_function
