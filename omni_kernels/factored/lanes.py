@@ -104,6 +104,7 @@ class LanesPlan(Plan):
             read = f"in tiles of {self.tile_n} columns, {self.vector} bytes a load"
             read += ", staged through shared memory" if self.staged else ", straight from global memory"
             read += " by columns" if self.transposed else ""
+            read += ", and those better than the best before sorted" if self.part else ""
         reason = "there are many tokens" if self.lanes == 2 else "there are few tokens"
         return (
             f"lanes_kernel, since k is at most {MAX_EXPERTS_PER_TOKEN}: {self.lanes} lanes a token, since {reason}; "
@@ -505,7 +506,9 @@ def plan_of(num_expert_sqrt, k, dtype, scores_dtype, alignment, transposed, doub
     transposed = transposed and staged
     # A pair's sum may share 32 bits with row and rank where that leaves it the bits that sums of such logits have.
     sum_bits = 23 - (num_expert_sqrt - 1).bit_length() - (ranks - 1).bit_length()
-    short_pairs = dtype == torch.bfloat16 and staged and sum_bits >= SUM_BITS
+    # Of many pairs out of few the sums lie further apart; the keys of 64 bits are made too then.
+    fits = sum_bits >= SUM_BITS if k <= 16 else sum_bits > SUM_BITS and num_expert_sqrt >= 4 * k
+    short_pairs = dtype == torch.bfloat16 and staged and fits
     short_pairs = short_pairs and reading["tile_n"] * itemsize >= 4 * ranks
     # Two warps a program run closer together and share more of the code they fetch, which long code gains from.
     warps = 2 if staged and itemsize == 2 and reading["tile_n"] * itemsize == TILE_BYTES else 1
