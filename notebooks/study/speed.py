@@ -58,6 +58,7 @@ TARGETS = {
     Case(262144, 1024, 16, "bf16"): [QUACK], Case(16384, 4096, 16, "bf16"): [QUACK],
     Case(65536, 64, 16, "bf16"): [QUACK], Case(65536, 128, 16, "bf16"): [QUACK], Case(65536, 100, 10, "bf16"): [],
     MAIN._replace(k=32): [QUACK], MAIN._replace(k=64): [QUACK], MAIN._replace(k=128): [],
+    Case(65536, 360, 32, "bf16"): [], Case(65536, 1000, 32, "bf16"): [],
     **{MAIN._replace(num_tokens=t): [QUACK] for t in (1, 128, 1024, 4096, 16384)},
 }  # fmt: skip
 
