@@ -42,7 +42,7 @@ KERNELS = {
     "lanes.lanes_kernel of a softmax": lambda dtype, doubles: plan_of_lanes(
         256, 16, dtype, doubles, normalize="softmax"
     ),
-    "lists.lists_kernel": lambda dtype, _: lists.plan_for(*[columns(2048, dtype)] * 2, 16, dtype),
+    "lists.lists_kernel": lambda dtype, doubles: lists.plan_of(2048, 16, dtype, 16, False, doubles),
     "original.backward_kernel": {"TILE_M": 64, "TILE_K": 16},
     "original.forward_kernel": {"TILE_M": 4, "TILE_N": 1024},
     "original.split_forward_kernel": {"TILE_M": 1, "TILE_N": 1024, "TILE_K": 16},

@@ -1,14 +1,18 @@
 """The kernel that lists the best columns of each factor, against PyTorch's sorting."""
 
+import json
+
 import pytest
 import torch
-from cases import DTYPES, NEEDS_INTERPRETER, ON_GPU, adversarial_logits, case_id
-from conftest import DEVICE
+from cases import DTYPES, NEEDS_INTERPRETER, ON_GPU, adversarial_logits, case_id, compile_plan, compiled_by
+from ptx import parse, run_program
 
 from omni_kernels import sharded
 from omni_kernels.factored import lists
 
 pytestmark = [] if ON_GPU else NEEDS_INTERPRETER
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+PTX_CASES = [(64, 16, BF16, 16), (128, 5, FP32, 16), (8, 12, FP16, 16), (360, 20, BF16, 16), (33, 3, FP32, 4)]
 
 
 def by_pytorch(x, y, k, first_column):
@@ -17,20 +21,49 @@ def by_pytorch(x, y, k, first_column):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 5), (40, 16), (100, 3)])
-def test_lists_are_those_of_pytorch(n, k, dtype):
-    x, y = adversarial_logits(n, dtype, DEVICE)
+def test_lists_are_those_of_pytorch(n, k, dtype, device):
+    x, y = adversarial_logits(n, dtype, device)
     assert lists.runs_on(x, k)
     assert torch.equal(lists.best_columns(x, y, k, 1000), by_pytorch(x, y, k, 1000))
 
 
-def test_any_strides_and_no_tokens():
-    x, y = adversarial_logits(40, torch.float32, DEVICE)
+def test_any_strides_and_no_tokens(device):
+    x, y = adversarial_logits(40, torch.float32, device)
     x, y = x.t().contiguous().t(), y.repeat(1, 2)[:, ::2]
     assert torch.equal(lists.best_columns(x, y, 4, 8), by_pytorch(x, y, 4, 8))
     assert lists.best_columns(x[:0], y[:0], 4, 8).shape == (0, 8)
 
 
-def test_more_than_the_kernel_takes_are_pytorchs():
-    x, y = adversarial_logits(100, torch.bfloat16, DEVICE)
-    assert not lists.runs_on(x, 65)
-    assert torch.equal(sharded._best_columns(x, y, 65, 0), by_pytorch(x, y, 65, 0))
+def test_more_than_the_kernel_takes_are_pytorchs(device):
+    x, y = adversarial_logits(100, torch.bfloat16, device)
+    assert not lists.runs_on(x, 33)
+    assert torch.equal(sharded._best_columns(x, y, 33, 0), by_pytorch(x, y, 33, 0))
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """The kernel of every case, and how many tokens a program of it has."""
+    return [
+        (parse(ptx, shared), tokens) for ptx, shared, tokens in compiled_by(__file__, tmp_path_factory.mktemp("cache"))
+    ]
+
+
+@pytest.mark.parametrize("case", range(len(PTX_CASES)), ids=[str(case[:2]) for case in PTX_CASES])
+def test_compiled_code(case, programs):
+    (n, k, dtype, _), (program, tokens) = PTX_CASES[case], programs[case]
+    x, y = adversarial_logits(n, dtype, "cpu")
+    want = by_pytorch(x, y, k, 1000)
+    keys = torch.full_like(want, 7)
+    memory = {
+        address << 40: tensor.view(torch.uint8).numpy().reshape(-1) for address, tensor in enumerate((x, y, keys), 1)
+    }
+    num_programs = -(-len(x) // tokens)
+    for number in range(num_programs):
+        run_program(program, [*memory, n, n, 1000, len(x)], memory, number, num_programs)
+    assert torch.equal(keys, want)
+
+
+if __name__ == "__main__":
+    plans = [lists.plan_of(*case, False, True) for case in PTX_CASES]
+    binaries = [(compile_plan(plan, stride_xn=1, stride_yn=1), plan.tokens) for plan in plans]
+    print(json.dumps([(binary.asm["ptx"], binary.metadata.shared, tokens) for binary, tokens in binaries]))

@@ -255,27 +255,13 @@ def _normalized(highs, lows, total, best_x, best_y, PLAN):
     return results
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
-def lanes_kernel(
-    x_ptr, y_ptr, scores_ptr, indices_ptr, saved_ptr,
-    stride_xm, stride_xn, stride_ym, stride_yn,
-    num_tokens,
-    PLAN: tl.constexpr,
+@triton.jit
+def best_of_lanes(
+    x_ptr, y_ptr, stride_xn, stride_yn, row_ptrs, stride_n, lane, first_column, skip, first_token, num_tokens, PLAN, one
 ):  # fmt: skip
+    """The keys of the best columns of every lane's row, descending; the largest logit of its segment and the sum of
+    powers, if rows are summed up as they pass; and where a program's tile stands in shared memory, if anywhere."""
     RANKS: tl.constexpr = PLAN.ranks
-    lane = tl.arange(0, PLAN.threads)
-    odd = lane % 2 == 1
-    # A one as far as a compiler can know.
-    one = lane * 0 + tl.minimum(num_tokens, 1).to(tl.int32) if PLAN.add_minima else None
-    first_column = tl.minimum(lane % PLAN.lanes // 2 * PLAN.segment, PLAN.num_expert_sqrt - PLAN.segment)
-    skip = lane % PLAN.lanes // 2 * PLAN.segment - first_column
-
-    first_token = tl.program_id(0).to(tl.int64) * PLAN.tokens
-    tokens = first_token + lane // PLAN.lanes
-    inside = tokens < num_tokens
-    x_ptrs, y_ptrs, row_ptrs, stride_n = rows_of_lanes(
-        x_ptr, y_ptr, stride_xm, stride_xn, stride_ym, stride_yn, tokens, num_tokens, odd
-    )  # fmt: skip
     if PLAN.tile_n > 0:
         segment = row_ptrs.to(tl.int64) + first_column * PLAN.itemsize
         if PLAN.staged:
@@ -285,6 +271,8 @@ def lanes_kernel(
             _copy_tile(
                 buffer, segment, x_ptr, y_ptr, stride_xn, stride_yn, first_token, num_tokens, lane * 0, lane >= 0, PLAN
             )  # fmt: skip
+        else:
+            buffer = lane
         best = lowest_keys(lane.to(tl.int64) if PLAN.element_ty == tl.float32 else lane, PLAN.own, PLAN)
         largest, total = tl.full(lane.shape, float("-inf"), tl.float32), lane * 0.0
         for step in tl.range(PLAN.tiles):
@@ -341,6 +329,7 @@ def lanes_kernel(
             best = shift(best, first_column, PLAN)
     else:
         best = top_of_strided_segment(row_ptrs, stride_n, first_column, skip, PLAN)
+        largest, total, buffer = lane, lane, lane  # nobody asks
     if PLAN.lanes > 4 and PLAN.own == RANKS and RANKS > 8 and PLAN.element_ty == tl.float32:
         # A loop, since long networks of wide keys take longer to fetch than to execute; a compiler that knew how often
         # it runs would write it out.
@@ -351,6 +340,34 @@ def lanes_kernel(
         for level in tl.static_range(1, bit_length(PLAN.lanes) - 1):
             both = best + partners(best, 1 << level, PLAN)
             best = merge_best(both, len(best), min(RANKS, len(both)), PLAN, one)
+    return best, largest, total, buffer
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def lanes_kernel(
+    x_ptr, y_ptr, scores_ptr, indices_ptr, saved_ptr,
+    stride_xm, stride_xn, stride_ym, stride_yn,
+    num_tokens,
+    PLAN: tl.constexpr,
+):  # fmt: skip
+    RANKS: tl.constexpr = PLAN.ranks
+    lane = tl.arange(0, PLAN.threads)
+    odd = lane % 2 == 1
+    # A one as far as a compiler can know.
+    one = lane * 0 + tl.minimum(num_tokens, 1).to(tl.int32) if PLAN.add_minima else None
+    first_column = tl.minimum(lane % PLAN.lanes // 2 * PLAN.segment, PLAN.num_expert_sqrt - PLAN.segment)
+    skip = lane % PLAN.lanes // 2 * PLAN.segment - first_column
+
+    first_token = tl.program_id(0).to(tl.int64) * PLAN.tokens
+    tokens = first_token + lane // PLAN.lanes
+    inside = tokens < num_tokens
+    x_ptrs, y_ptrs, row_ptrs, stride_n = rows_of_lanes(
+        x_ptr, y_ptr, stride_xm, stride_xn, stride_ym, stride_yn, tokens, num_tokens, odd
+    )  # fmt: skip
+    best, largest, total, buffer = best_of_lanes(
+        x_ptr, y_ptr, stride_xn, stride_yn, row_ptrs, stride_n, lane, first_column, skip, first_token, num_tokens, PLAN,
+        one,
+    )  # fmt: skip
     # Each lane looks at one of the two ways they may meet; its NaN reaches the other lane with its values.
     first, last = unpack(best[0], PLAN.element_ty, PLAN)[0], unpack(best[RANKS - 1], PLAN.element_ty, PLAN)[0]
     widest = first + partner(last, 1, PLAN)
@@ -363,6 +380,7 @@ def lanes_kernel(
         else:  # what is read again is at hand
             if PLAN.tile_n > 0:
                 SEGMENT: tl.constexpr = PLAN.segment * PLAN.itemsize
+                segment = row_ptrs.to(tl.int64) + first_column * PLAN.itemsize
                 total = total_of_tile(segment, SEGMENT, skip, first, num_tokens, PLAN)
             else:
                 total = total_of_strided_segment(row_ptrs, stride_n, first_column, PLAN.segment, skip, first, PLAN)

@@ -1,24 +1,29 @@
 """The kernel that lists the k best columns of each factor, for the ranks that share a token's logits (../sharded.py).
 
-It is the first half of tile.py: plain Triton, which runs wherever Triton does.
+It is the first half of lanes.py: two lanes share a token, and each has the best columns of its row in registers. A
+network puts them in the order of the columns.
 """
 
 import dataclasses
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
-from ..configs import OPTIONS, device_of, has_kernels, kernel_input
-from . import tile
-from .keys import index_bits
-from .tile import TilePlan, top_of_rows
+from ..configs import OPTIONS, compares_doubles, device_of, has_kernels, kernel_input
+from . import lanes
+from .keys import pack, unpack
+from .lanes import LanesPlan, best_of_lanes
+from .networks import sort
+from .ptx import store_row
+from .rows import columns_are_vectors, row_alignment, rows_of_lanes
 
-LAST = tl.constexpr(1 << 22)  # above every column; ranks of tile_k fit beside it in 32 bits
+LAST = tl.constexpr(0x3FFFFFFF)  # less a column, the upper word of a number that orders alike as int64 and as a double
 
 
 @dataclasses.dataclass(frozen=True)
-class ListsPlan(TilePlan):
+class ListsPlan(LanesPlan):
     """How lists_kernel is launched."""
 
     @property
@@ -29,7 +34,28 @@ class ListsPlan(TilePlan):
     def none(self):
         """The key of -inf in no column: below the keys of all columns."""
         high = {torch.float16: 0x83FF, torch.bfloat16: 0x807F, torch.float32: 0x807FFFFF}[self.dtype]
-        return (high - (1 << 8 * self.dtype.itemsize)) << (8 * self.dtype.itemsize)
+        return (high - (1 << 8 * self.itemsize)) << (8 * self.itemsize)
+
+
+@triton.jit
+def _column_first(key, PLAN):
+    """A key whose column stands above the value, the lowest column first."""
+    if key.dtype == tl.int32:
+        return ((key << 16) | ((key >> 16) & 0xFFFF)) ^ -(1 << 31)
+    else:
+        value, column = unpack(key, PLAN.element_ty, PLAN)
+        return ((-column + LAST).to(tl.int64) << 32) | value.to(tl.uint32, bitcast=True).to(tl.int64)
+
+
+@triton.jit
+def _value_first(key, first_column, PLAN):
+    """The key that it was made of, as ranks pack it, counting columns from `first_column`."""
+    if key.dtype == tl.int32:
+        key = key ^ -(1 << 31)
+        return ((key << 16) | ((key >> 16) & 0xFFFF)) - first_column
+    else:
+        column = (-(key >> 32)).to(tl.int32) + (first_column + LAST)
+        return pack(key.to(tl.int32).to(tl.float32, bitcast=True), column)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "first_column"])
@@ -39,42 +65,49 @@ def lists_kernel(
     first_column, num_tokens,
     PLAN: tl.constexpr,
 ):  # fmt: skip
-    tokens = tl.program_id(0).to(tl.int64) * PLAN.tokens + tl.arange(0, PLAN.tokens)
-    in_batch = tokens < num_tokens
-    is_x = tl.program_id(1) == 0
-    rows = tl.where(is_x, x_ptr + tokens * stride_xm, y_ptr + tokens * stride_ym)[:, None]
-    num_columns = PLAN.num_expert_sqrt
-    keys = top_of_rows(rows, tl.where(is_x, stride_xn, stride_yn), num_columns, in_batch, PLAN)
+    K: tl.constexpr = PLAN.k
+    RANKS: tl.constexpr = PLAN.ranks
+    lane = tl.arange(0, PLAN.threads)
+    one = lane * 0 + tl.minimum(num_tokens, 1).to(tl.int32) if PLAN.add_minima else None  # as in lanes_kernel
+    first_token = tl.program_id(0).to(tl.int64) * PLAN.tokens
+    tokens = first_token + lane // 2
+    _, _, row_ptrs, stride_n = rows_of_lanes(
+        x_ptr, y_ptr, stride_xm, stride_xn, stride_ym, stride_yn, tokens, num_tokens, lane % 2 == 1
+    )  # fmt: skip
+    best, _, _, _ = best_of_lanes(
+        x_ptr, y_ptr, stride_xn, stride_yn, row_ptrs, stride_n, lane, lane * 0, lane * 0, first_token, num_tokens, PLAN,
+        one,
+    )  # fmt: skip
+    by_column, keys = (), ()
+    for rank in tl.static_range(RANKS):
+        by_column = by_column + (_column_first(best[rank], PLAN),)
+    by_column = sort(by_column, RANKS, PLAN, one)
+    for rank in tl.static_range(K):
+        if rank < RANKS:
+            keys = keys + (_value_first(by_column[rank], first_column, PLAN),)
+        else:
+            keys = keys + (tl.zeros_like(best[0]) + PLAN.none,)
+    store_row(keys_ptr + (tokens * 2 + lane % 2) * PLAN.k, keys, tokens < num_tokens, PLAN)
 
-    # Sorted by their columns. Slots beyond k and what is no column come last.
-    MASK: tl.constexpr = (1 << index_bits(PLAN.key)) - 1
-    slots = tl.arange(0, PLAN.tile_k)[None, :]
-    columns = MASK - (keys & MASK).to(tl.int32)
-    columns = tl.where((slots < PLAN.k) & (columns < num_columns), columns, LAST)
-    order = tl.sort(columns * PLAN.tile_k + slots, 1)
-    keys = tl.gather(keys, order % PLAN.tile_k, 1) - first_column
-    keys = tl.where(order // PLAN.tile_k < num_columns, keys, tl.full((1, 1), PLAN.none, keys.dtype))
-    outputs = (tokens * 2 + tl.program_id(1))[:, None] * PLAN.k + slots
-    tl.store(keys_ptr + outputs, keys, mask=in_batch[:, None] & (slots < PLAN.k))
+
+def runs_on(x, num_experts_per_token):
+    """Whether this kernel takes so many of a tensor's columns, and its device."""
+    return has_kernels(x) and num_experts_per_token > 0 and lanes.runs_on(x.device, x.shape[1], num_experts_per_token)
 
 
-def plan_for(x, y, k, dtype):
-    """The plan for these columns, of logits of a dtype, which the interpreter may have widened."""
-    plan = tile.plan_for(x, y, k, dtype)
-    return ListsPlan(**dataclasses.asdict(plan) | {"dtype": dtype})
-
-
-def runs_on(device_like, num_experts_per_token):
-    """Whether this kernel takes so many columns, on a tensor's device."""
-    return has_kernels(device_like) and 0 < num_experts_per_token <= tile.MAX_EXPERTS_PER_TOKEN
+@functools.cache
+def plan_of(num_columns, k, dtype, alignment, transposed, doubles):
+    """The plan of a problem, as that of two lanes a token in lanes.py."""
+    plan = lanes.plan_of(num_columns, k, dtype, dtype, alignment, transposed, doubles, 2)
+    return ListsPlan(**{field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)})
 
 
 def best_columns(x, y, k, first_column):
     """The packed keys (keys.py) of the k best columns of x, then of y, each in the order of columns.
 
     Args:
-        x, y: (num_tokens, n), fp32, fp16 or bf16, any strides; n may be less than k.
-        k: from 1 to tile.MAX_EXPERTS_PER_TOKEN.
+        x, y: (num_tokens, n), fp32, fp16 or bf16, any strides; n may be less than k, and 0 is none.
+        k: from 1 to lanes.MAX_EXPERTS_PER_TOKEN.
         first_column: the number of the first column, which keys count from.
 
     Returns:
@@ -84,10 +117,11 @@ def best_columns(x, y, k, first_column):
     num_tokens, dtype = len(x), x.dtype
     keys = x.new_empty((num_tokens, 2 * k), dtype=torch.int64 if dtype == torch.float32 else torch.int32)
     if num_tokens:
+        layout = row_alignment(x, y), columns_are_vectors(x, y)
+        plan = plan_of(x.shape[1], k, dtype, *layout, compares_doubles(x.device))
         x, y = kernel_input(x), kernel_input(y)
-        plan = plan_for(x, y, k, dtype)
         with device_of(x):
-            lists_kernel[(plan.grid(num_tokens), 2)](
+            lists_kernel[(plan.grid(num_tokens),)](
                 x, y, keys, *x.stride(), *y.stride(), first_column, num_tokens,
                 PLAN=plan, num_warps=plan.num_warps, **OPTIONS,
             )  # fmt: skip

@@ -341,10 +341,13 @@ def unpack_word(word, DTYPE):
 
 @triton.jit
 def _pack_words(values):
-    """A tuple of fp32, int32, fp16 or bf16 values -> a tuple of the 32-bit words they fill, or of 16-bit ones if they
-    fill none."""
+    """A tuple of fp32, int32, int64, fp16 or bf16 values -> a tuple of the 32-bit words they fill, or of 16-bit ones if
+    they fill none."""
     words = ()
-    if values[0].dtype.primitive_bitwidth == 32:
+    if values[0].dtype == tl.int64:
+        for i in tl.static_range(len(values)):
+            words = words + (values[i].to(tl.int32), (values[i] >> 32).to(tl.int32))
+    elif values[0].dtype.primitive_bitwidth == 32:
         for i in tl.static_range(len(values)):
             words = words + (values[i].to(tl.int32, bitcast=True),)
     elif len(values) % 2 == 0:
