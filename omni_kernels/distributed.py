@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .checks import DTYPES, check_hidden, check_outputs, check_pairs, check_values
+from .row_sums import row_sums
 
 REFUSALS = (None, TypeError, ValueError)
 # What all ranks must bring alike, as integers, and what an integer means.
@@ -248,8 +249,14 @@ def refusal_code(error):
     return REFUSALS.index(TypeError if isinstance(error, TypeError) else ValueError)
 
 
-def consult(group, backends, device, refused, facts, counts=None):
-    """What this rank told each rank, and each told it, as lists of integers: refused, facts, three counts.
+def consult(*args):
+    """`ask`, and wait for the answers."""
+    return ask(*args)()
+
+
+def ask(group, backends, device, refused, facts, counts=None):
+    """A function that waits for what this rank told each rank, and each told it, as lists of integers: refused, facts,
+    three counts.
 
     The integers travel by a device that all ranks choose alike, since one of them may have brought no tensor: by a GPU
     only if its backend is for GPUs. device: of this rank's tensors, None if they were refused.
@@ -263,8 +270,13 @@ def consult(group, backends, device, refused, facts, counts=None):
     if counts is not None:
         message[:, -3:] = counts
     answer = torch.empty_like(message)
-    dist.all_to_all_single(answer, message, group=group)
-    return torch.stack((message, answer)).tolist()
+    work = dist.all_to_all_single(answer, message, group=group, async_op=True)
+
+    def hear():
+        work.wait()
+        return torch.stack((message, answer)).tolist()
+
+    return hear
 
 
 def raise_together(refusal, received):
@@ -293,7 +305,9 @@ class _Sending:
         owners = self.experts * num_ranks // num_experts  # num_ranks where there is no expert: these sort last
         self.starts = owners < num_ranks  # the first pair of a token at a rank
         self.starts[:, 1:] &= owners[:, 1:] != owners[:, :-1]
-        owners, self.order = owners.flatten().sort(stable=True)
+        short = torch.uint8 if num_ranks < 256 else torch.int32  # sorted in fewer passes
+        owners, self.order = owners.flatten().to(short).sort(stable=True)
+        owners = owners.long()
         starts = self.starts.flatten()[self.order]
         self.rows = starts.cumsum(0) - 1
         self.local = self.experts.flatten()[self.order] - -(-owners * num_experts // num_ranks)
@@ -331,9 +345,10 @@ def _receive(codes, num_rows, most):
 
 
 def _places(starts):
-    """Each pair's place in its row, from 0."""
-    numbers = torch.arange(len(starts), device=starts.device)
-    return numbers - torch.where(starts, numbers, 0).cummax(0).values
+    """Each pair's place in its row, from 0. (A GPU's cummax of one row has one multiprocessor.)"""
+    numbers, rows = torch.arange(len(starts), device=starts.device), starts.cumsum(0) - 1
+    firsts = numbers.new_zeros(len(starts) + 1).scatter(0, torch.where(starts, rows, len(starts)), numbers)
+    return numbers - firsts[rows]
 
 
 # What travels, and back ----------------------------------------------------------------------------------------------
@@ -344,20 +359,6 @@ def _all_to_all(values, sent, received, group):
     answer = values.new_empty((sum(received), *values.shape[1:]))
     dist.all_to_all_single(answer, values.contiguous(), received, sent, group=group)
     return answer
-
-
-def _sum(values, which, weights=None):
-    """For every row of which, (num_sums, most), the weighted sum of those values, one after the other; fp32."""
-    total = torch.zeros(len(which), values.shape[1], device=values.device)
-    if not len(values):  # none can be gathered
-        return total
-    for part in which.unbind(1):
-        chosen = part.clamp(min=0)
-        summand = values[chosen].float()
-        if weights is not None:
-            summand *= weights[chosen].float()[:, None]
-        total += summand.masked_fill_(part[:, None] < 0, 0.0)
-    return total
 
 
 class _Dispatch(torch.autograd.Function):
@@ -376,7 +377,7 @@ class _Dispatch(torch.autograd.Function):
         hidden = scores = None
         if need_hidden:
             hidden = _all_to_all(grad_hidden, exchange.received_rows, exchange.sent_rows, exchange.group)
-            hidden = _sum(hidden, exchange.token_rows).to(grad_hidden.dtype)
+            hidden = row_sums(hidden, exchange.token_rows, grad_hidden.dtype)
         if need_scores:
             grad_scores = grad_scores[exchange.positions]
             grad_scores = _all_to_all(grad_scores, exchange.received_pairs, exchange.sent_pairs, exchange.group)
@@ -393,7 +394,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return _sum(grad, ctx.exchange.row_pairs).to(grad.dtype), None
+        return row_sums(grad, ctx.exchange.row_pairs, grad.dtype), None
 
 
 class _Combine(torch.autograd.Function):
@@ -401,9 +402,9 @@ class _Combine(torch.autograd.Function):
     def forward(ctx, outputs, scores, exchange):
         ctx.exchange = exchange
         ctx.save_for_backward(outputs, scores)
-        sums = _sum(outputs, exchange.row_pairs, scores)
+        sums = row_sums(outputs, exchange.row_pairs, torch.float32, scores)
         sums = _all_to_all(sums, exchange.received_rows, exchange.sent_rows, exchange.group)
-        return _sum(sums, exchange.token_rows).to(exchange.dtype)
+        return row_sums(sums, exchange.token_rows, exchange.dtype)
 
     @staticmethod
     @once_differentiable

@@ -109,9 +109,9 @@ def sharded_router(
     Where the factors are sharded, a rank sends the k best columns that it has of x and of y as packed keys, of 4 bytes
     for 16-bit logits and 8 for fp32, and two fp32 numbers a token for a softmax over all experts. So 2 * ranks * k
     keys a token arrive, against 2 * N logits of half their width if the logits were gathered. They are gathered unless
-    2 * ranks * k < N, and also if several dimensions of the mesh shard the factors. N need not be a multiple of the
-    ranks. The gradient of a rank's own columns needs communication only with shard_tokens. It has no second
-    derivative.
+    8 * ranks * k < N, a quarter of the bytes, since finding and merging candidates takes time too; and also if several
+    dimensions of the mesh shard the factors. N need not be a multiple of the ranks. The gradient of a rank's own
+    columns needs communication only with shard_tokens. It has no second derivative.
 
     Ranks that communicate first tell each other, in a few integers, whether they refuse their arguments and what they
     bring. These travel by CPU if the group has a backend for it, as "cpu:gloo,cuda:nccl" has. Else the host waits for

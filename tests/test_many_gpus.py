@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch.multiprocessing import ProcessRaisedException
 
+from omni_kernels import sharded
+
 pytest.importorskip("seaborn")
 pd = pytest.importorskip("pandas")
 plt, text = (pytest.importorskip(f"matplotlib.{name}") for name in ("pyplot", "text"))
@@ -102,7 +104,7 @@ def moved(mesh, k, n):
 
 def test_functions_run_together_and_send_what_the_rule_counts(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    for n, exchanges in ((10, True), (8, False)):
+    for n, exchanges in ((34, True), (32, False)):
         ranks = many_gpus.together(moved, 2, n)
         assert [found["rank"] for found in ranks] == [0, 1]
         assert traffic.pays(n, 2, 2) is exchanges
@@ -120,12 +122,12 @@ def test_a_failure_in_a_process_is_raised():
 
 
 @pytest.mark.parametrize(("k", "num_ranks"), [(1, 2), (16, 2), (16, 8), (64, 3)])
-def test_candidates_are_exchanged_where_they_are_fewer_bytes(k, num_ranks):
+def test_candidates_are_exchanged_where_they_are_a_part_of_the_bytes(k, num_ranks):
     least = traffic.break_even(k, num_ranks)
     assert [traffic.pays(n, k, num_ranks) for n in (least - 1, least, 2 * least)] == [False, True, True]
     for size in (2, 4):
         moved = traffic.exchanged(k, num_ranks, size)
-        gathered = [traffic.gathered(n, num_ranks, size) for n in (least - 1, least)]
+        gathered = [traffic.gathered(n, num_ranks, size) / sharded.WORTH for n in (least - 1, least)]
         assert gathered[0] <= moved * (1 + 1e-12) and moved < gathered[1]
 
 
