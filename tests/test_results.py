@@ -23,6 +23,7 @@ rivals, speed, speed_report, tables, timing, training, training_report = (
     importlib.import_module(f"study.{name}")
     for name in ("rivals", "speed", "speed_report", "tables", "timing", "training", "training_report")
 )
+byte_model, learning = (importlib.import_module(f"study.{name}") for name in ("byte_model", "learning"))
 
 MAIN, SMALL = speed.MAIN, rivals.Case(7, 8, 4, "fp32")
 LIMITS = {"bandwidth_gbs": 3000.0, "empty_us": 1.5}
@@ -608,6 +609,23 @@ def test_tables_of_notebook_4_are_measured_when_what_they_launch_changes(no_tabl
     assert len(training_report.recorded("repeats", "rival")) == 1
 
 
+def test_rows_that_lack_a_column_are_measured_again_and_not_shown(no_tables, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(training, "binary_of", lambda probe: probe)
+    add_run(monkeypatch, "A GPU", "2.0", "training_runs", {"rival": "old", "binary": "same"})
+    assert training_report.tell("training_runs", len, "rival", "seed") == reports.NO_RESULTS
+    measured = []
+
+    def measure(binary):
+        measured.append(binary)
+        tables.append("training_runs", [{"rival": "new", "seed": 0}], binary=binary)
+
+    for _ in range(2):
+        training.measure_missing("training_runs", measure, "same", columns=["seed"])
+    assert measured == ["same"]
+    assert training_report.recorded("training_runs", "rival", "seed").rival.tolist() == ["new"]
+
+
 def test_what_cannot_be_measured_is_told(no_tables, monkeypatch, capsys):
     def broken(binary):
         raise ValueError("no more")
@@ -628,6 +646,125 @@ def test_backwards_are_timed(name, no_tables, timed, monkeypatch, device):
     (found,) = tables.read("backward").to_dict("records")
     assert (found["rival"], found["us"], found["call_us"], found["binary"]) == (name, 2.0, 40.0, "b")
     assert found["check"] in ("equal", "last bits differ")
+
+
+def test_rungs_to_read_are_timed_and_told(no_tables, timed, monkeypatch, device):
+    names = list(training.TO_READ)
+    assert training_report.rung(names[0], 5) == f"{names[0]}: by arithmetic 5 µs; not timed yet"
+    for name, value in {"limits": lambda: LIMITS, "READ_CASE": SMALL}.items():
+        monkeypatch.setattr(training, name, value)
+    add_run(monkeypatch, "A GPU", "2.0", "nothing", {})
+    training.measure_rungs("b", device)
+    assert [training_report.rung(name, 1234) for name in names] == [
+        f"{name}: by arithmetic 1,234 µs; it took 2 µs on an A GPU; its result: equal" for name in names
+    ]
+    failed = {"rival": names[0], **SMALL._asdict(), "us": None, "check": None, "error": "ValueError: no"}
+    add_run(monkeypatch, "A GPU", "2.0", "backward_rungs", failed)
+    assert training_report.rung(names[0], 5).endswith("it failed: ValueError: no")
+
+
+TINY = rivals.Case(8, 8, 5, "fp32")  # a batch of windows
+
+
+def noisy(grad, indices, num_expert_sqrt, calls=[0]):  # noqa: B006
+    """A backward that is not the same in every call, as one by atomics may be, but by more than a last bit."""
+    calls[0] += 1
+    grad_x, grad_y = training.sequential_sums(grad, indices, num_expert_sqrt)
+    return grad_x * (-1 if calls[0] % 3 == 0 else 1), grad_y
+
+
+def test_a_dense_layer_costs_what_a_layer_of_experts_costs():
+    layers = learning.omni_layer(TINY, factored_router), learning.dense_layer(TINY)
+    counts = [byte_model.multiply_adds(layer(32), 32) for layer in layers]
+    assert counts == [32 * 2 * 8 + 2 * 5 * 32] * 2
+
+
+def test_trainings_of_one_seed_are_one_and_of_others_are_not(device):
+    one, same, other = (
+        byte_model.train(learning.omni_layer(TINY, omni_router), 3, 8, device, 16, seed)[1] for seed in (1, 1, 2)
+    )
+    assert one["losses"] == same["losses"] != other["losses"]
+    assert one["test_loss"] == same["test_loss"]
+    assert one["parameters"] == 2 * (16 * 16 + 2 * 64 * 16)
+    assert all(5 <= count <= 40 for count in one["experts"][-1])
+
+
+def test_trainings_are_recorded_told_and_drawn(no_tables, monkeypatch, tmp_path, device):
+    monkeypatch.setattr(learning, "SEEDS", range(2))
+    add_run(monkeypatch, "A GPU", "2.0", "training", {"rival": "of a time before seeds", "step": 5, "loss": 1.0})
+    learning.measure_training("b", TINY, device, width=16, num_steps=5, letters=3)
+    runs = training_report.recorded("training_runs", "rival", "seed")
+    names = [*learning.ROUTERS, learning.DENSE]
+    assert list(runs.rival) == names * 2
+    assert list(runs.seed) == [seed for seed in range(2) for _ in names]
+    assert (runs[runs.rival == learning.OMNI].largest_difference == 0).all()
+    told = training_report.tell("training_runs", training_report.training_table, "rival", "seed").splitlines()
+    assert [line.split(" | ")[:3] for line in told[4:]] == [[f"| {name}", "5", "2"] for name in names]
+    assert "of 2 seeds, by " in training_report.baseline(runs)
+
+    steps = training_report.recorded("training", "rival", "seed", "step")
+    assert len(steps) == len(names) * 2
+    last = steps[steps.rival == learning.OMNI].experts_1.astype(int)
+    said = training_report.experts_in_use(steps)
+    assert said.startswith("Of 64 experts, the batch of step 5 (8 tokens, 5 experts each) used ")
+    assert f"{last.min()} to {last.max()} in layer 1" in said or f"{last.min()} in layer 1" in said
+    curves, same = training_report.curves_of(steps)
+    assert [*curves, *same] and set(curves) | set(same) == set(names) and learning.DENSE in curves
+    assert all(curve.shape == (1, 2) for curve in curves.values())
+    assert len(tables.read("training_sample").text.iloc[0]) > 18
+    monkeypatch.setattr(pictures.plt, "show", lambda: None)
+    monkeypatch.setattr(pictures, "FIGURES", tmp_path)
+    training_report.show("training", training_report.draw_training, "training", "rival", "seed", "step")
+    assert (tmp_path / "training.png").exists()
+
+
+def test_the_same_curve_is_drawn_once():
+    rows = [
+        {"rival": name, "seed": seed, "step": step, "loss": loss + seed, "experts_1": 3, "experts_2": 4}
+        for name, loss in (("first", 1.0), ("same", 1.0), ("other", 2.0))
+        for seed in (0, 1)
+        for step in (5, 10)
+    ]
+    curves, same = training_report.curves_of(pd.DataFrame(rows))
+    assert (list(curves), same) == (["first", "other"], ["same"])
+    left, right = training_report.draw_training(pd.DataFrame(rows)).axes
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["first\nthe same: same", "other"]
+    assert [text.get_text() for text in right.get_legend().get_texts()] == ["layer 1", "layer 2"]
+
+
+def test_the_first_token_that_chose_otherwise_is_found():
+    one = torch.tensor([[3, 1, 2], [7, 5, 6], [9, 8, 4]])
+    assert learning.first_difference(one, one.flip(1)) == (0, {})  # the order of a token's experts is no choice
+    other = torch.tensor([[1, 2, 3], [6, 0, 7], [4, 8, 1]])
+    assert learning.first_difference(one, other) == (2, {"token": 1, "expert": 5, "instead": 0})
+
+
+def test_pairs_of_runs_are_compared_told_and_drawn(no_tables, monkeypatch, tmp_path, device):
+    """Where every run adds in one order, as here, one that does not is made up."""
+    monkeypatch.setitem(learning.PAIRS, training.SCATTER, learning.routed(omni_router, noisy))
+    add_run(monkeypatch, "A GPU", "2.0", "nothing", {})
+    learning.measure_pairs("b", {TINY: 16}, device, num_steps=4)
+    curves = training_report.recorded("pairs", "rival", *rivals.CASE, "step")
+    assert list(curves.groupby("rival", sort=False).size().items()) == [(name, 4) for name in learning.PAIRS]
+    assert (curves.made == 2 * 8).all()
+    ours = curves[curves.rival == training.OURS]
+    assert (ours[["choices", "loss_difference", "weight_difference"]] == 0).all(axis=None)
+    runs = training_report.recorded("pairs_runs", "rival", *rivals.CASE).set_index("rival")
+    assert runs.apart[training.SCATTER] == 1
+    moved = curves[(curves.rival == training.SCATTER) & (curves.choices > 0)]
+    assert runs.step[training.SCATTER] == moved.step.min()
+    flip = runs.loc[training.SCATTER]
+    assert flip.expert != flip.instead and 0 <= flip.token < 8 and flip.layer in (1, 2)
+
+    told = training_report.tell("pairs_runs", training_report.first_flips, "rival", *rivals.CASE)
+    where = f"in step {flip.step:.0f}, layer {flip.layer:.0f}, token {flip.token:.0f} runs expert {flip.expert:.0f}"
+    assert where in told and "**shared memory**, N = 8, k = 5: no weight differs after any of 4 steps." in told
+    table = training_report.tell("pairs_runs", training_report.pairs_table, "rival", *rivals.CASE)
+    assert "| 8 | 5 | shared memory | never | none | 0 of 16 | 0 | 0 |" in table
+    monkeypatch.setattr(pictures.plt, "show", lambda: None)
+    monkeypatch.setattr(pictures, "FIGURES", tmp_path)
+    training_report.show("pairs", training_report.draw_pairs, "pairs", "rival", *rivals.CASE, "step")
+    assert (tmp_path / "pairs.png").exists()
 
 
 @pytest.fixture

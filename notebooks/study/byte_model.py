@@ -5,8 +5,46 @@ import time
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 WINDOW = 16  # bytes that a prediction is made from
+
+
+class OmniLayer(torch.nn.Module):
+    """N² experts of one hidden unit each, of which a token runs k. `route` is the router."""
+
+    def __init__(self, width, num_expert_sqrt, k, route):
+        super().__init__()
+        self.k, self.route = k, route
+        self.gates = torch.nn.Linear(width, 2 * num_expert_sqrt, bias=False)
+        self.keys = torch.nn.Parameter(torch.randn(num_expert_sqrt**2, width) * width**-0.5)
+        self.values = torch.nn.Parameter(torch.randn(num_expert_sqrt**2, width))
+
+    def forward(self, hidden):
+        x, y = (logits.log_softmax(-1) for logits in self.gates(hidden).chunk(2, dim=-1))
+        scores, self.chosen = self.route(x, y, self.k)
+        activations = F.gelu(torch.einsum("tw,tkw->tk", hidden, self.keys[self.chosen]))
+        return torch.einsum("tk,tkw->tw", scores.exp() * activations, self.values[self.chosen])
+
+
+class DenseLayer(torch.nn.Module):
+    """An MLP in an Omni layer's place: every token runs all hidden units. N + k of them, each with a row in and a row
+    out, cost what the 2N rows of the gates and the two of each of k experts cost."""
+
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.into = torch.nn.Linear(width, hidden, bias=False)
+        self.out = torch.nn.Linear(hidden, width, bias=False)
+
+    def forward(self, hidden):
+        return self.out(F.gelu(self.into(hidden)))
+
+
+def multiply_adds(layer, width, num_tokens=4):
+    """What a layer on the CPU multiplies and adds for a token in products of matrices, as PyTorch counts them."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        layer(torch.randn(num_tokens, width))
+    return counter.get_total_flops() // (2 * num_tokens)
 
 
 class ByteModel(torch.nn.Module):
@@ -34,22 +72,16 @@ class ByteModel(torch.nn.Module):
         return self.head(hidden)
 
 
-def train(layer, num_steps, batch_size, device, width=128):
-    """Trains a model from a fixed seed.
+def steps(layer, num_steps, batch_size, device, width=128, seed=0):
+    """Trains a model; after each step yields it, the step's loss, and the seconds that the step took.
 
-    layer: makes an Omni layer of a width; the layer keeps the experts of its last call as `chosen`.
-
-    Returns:
-        The model; and a dictionary: losses, seconds and experts in use (a count a layer), lists with an entry a step;
-        test_loss, on text it has not seen; peak_bytes.
+    layer: makes a layer of a width. seed: of the weights to start from, and of the batches.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = ByteModel(layer, width).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    generator = torch.Generator().manual_seed(1)
-    text, unseen = corpus(device)
-    run = {"losses": [], "seconds": [], "experts": []}
-    peak_bytes(restart=True)
+    generator = torch.Generator().manual_seed(seed + 1)
+    text, _ = corpus(device)
     for _ in range(num_steps):
         windows, following = batch(text, batch_size, generator)
         synchronize()
@@ -58,13 +90,41 @@ def train(layer, num_steps, batch_size, device, width=128):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        run["losses"].append(loss.item())  # waits for the GPU
-        run["seconds"].append(time.perf_counter() - start)
-        run["experts"].append([layer.chosen.unique().numel() for layer in model.omni])
-    windows, following = batch(unseen, batch_size, generator)
+        number = loss.item()  # waits for the GPU
+        yield model, number, time.perf_counter() - start
+
+
+def train(layer, num_steps, batch_size, device, width=128, seed=0):
+    """Trains a model, as `steps` does.
+
+    layer: makes a layer; one of experts keeps those of its last call as `chosen`.
+
+    Returns:
+        The model; and a dictionary: losses, seconds and experts in use (a count a layer), lists with an entry a step;
+        test_loss, on text it has not seen; peak_bytes; parameters of the layers; seed.
+    """
+    run = {"losses": [], "seconds": [], "experts": [], "seed": seed}
+    peak_bytes(restart=True)
+    for model, loss, seconds in steps(layer, num_steps, batch_size, device, width, seed):
+        run["losses"].append(loss)
+        run["seconds"].append(seconds)
+        run["experts"].append([layer.chosen.unique().numel() for layer in model.omni if hasattr(layer, "chosen")])
+    windows, following = batch(corpus(device)[1], batch_size, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        test_loss = F.cross_entropy(model(windows), following).item()
-    return model, run | {"test_loss": test_loss, "peak_bytes": peak_bytes()}
+        run["test_loss"] = F.cross_entropy(model(windows), following).item()
+    run["parameters"] = sum(part.numel() for part in model.omni.parameters())
+    return model, run | {"peak_bytes": peak_bytes()}
+
+
+def write(model, start, length, temperature=0.6):
+    """What a model writes after `start`, which is no shorter than a window."""
+    generator = torch.Generator().manual_seed(0)
+    written, device = list(start.encode()), model.embedding.device
+    for _ in range(length):
+        with torch.no_grad():
+            logits = model(torch.tensor([written[-WINDOW:]], device=device))[0]
+        written.append(torch.multinomial((logits / temperature).softmax(0).cpu(), 1, generator=generator).item())
+    return bytes(written).decode(errors="replace")
 
 
 def corpus(device):

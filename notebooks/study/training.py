@@ -1,8 +1,9 @@
-"""What notebook 04 measures: backward kernels, dtypes to route in, and training runs.
+"""What notebook 04 measures of backward kernels and of dtypes to route in; and how training runs are recorded.
 
 Times, the floor's bandwidth and the way tables are written are notebook 03's (speed.py).
 """
 
+import importlib
 import os
 
 import numpy as np
@@ -33,6 +34,7 @@ BACKWARD_CASES = [
     Case(65536, 1024, 64, "bf16"), Case(1048576, 256, 16, "bf16"), Case(1024, 256, 16, "bf16"),
     Case(65536, 256, 16, "fp32"),
 ]  # fmt: skip
+READ_CASE = Case(65536, 256, 16, "bf16")  # of the rungs that people read
 REPEATED = Case(4096, 32, 256, "fp32")  # many slots share a row
 PRECISION_CASES = [Case(16384, n, k, "fp32") for n, k in ((64, 16), (256, 16), (1024, 16), (256, 64))]
 ROUTES = {"fp32": ("fp32", "fp32"), "fp16": ("fp16", "fp16"), "fp16, scores fp32": ("fp16", "fp32"),
@@ -40,21 +42,36 @@ ROUTES = {"fp32": ("fp32", "fp32"), "fp16": ("fp16", "fp16"), "fp16, scores fp32
 RECORD_EVERY = 5  # training steps
 
 
-def measure_missing(table, measure, probe):
-    """Measure a table where there is a GPU without rows of what `probe`, a function, launches here: `measure(binary)`
-    records them under its hash. What fails is told, and does not end the run."""
-    failed = attempt(_measure_missing, table, measure, probe) if torch.cuda.is_available() else None
+def measure_missing(table, measure, probe, columns=()):
+    """Measure a table where there is a GPU without rows of what `probe`, a function, launches here, or whose rows lack
+    one of some columns: `measure(binary)` records them under the launches' hash. What fails is told, and does not end
+    the run."""
+    failed = attempt(_measure_missing, table, measure, probe, columns) if torch.cuda.is_available() else None
     if failed:
         print(f"{table}: not measured: {failed['error']}")
 
 
-def _measure_missing(table, measure, probe):
+def _measure_missing(table, measure, probe, columns):
     binary = binary_of(probe)
-    if "OMNI_AGAIN" in os.environ or (binary,) not in tables.last_keys(tables.of_setting(table), [], ["binary"]):
+    found = tables.last_keys(tables.of_setting(table), [], ["binary", *columns])
+    known = any(last == binary and "" not in others for last, *others in found)
+    if "OMNI_AGAIN" in os.environ or not known:
         measure(binary)
 
 
 # --- the backward kernels ---
+
+
+def rung_to_read(name):
+    """A file of notebooks/ladder, as a backward."""
+
+    def gradient(grad, indices, num_expert_sqrt):
+        return importlib.import_module(f"ladder.{name}").gradient(grad, indices, num_expert_sqrt)
+
+    return gradient
+
+
+TO_READ = {name: rung_to_read(name) for name in ("backward1_atomics", "backward2_compare_and_store")}
 
 
 def backward_problem(case, device, seed=0):
@@ -79,7 +96,7 @@ def sequential_sums(grad, indices, num_expert_sqrt):
 
 def same_bits(name, grad, indices, num_expert_sqrt):
     """How a backward's gradients compare with the definition's."""
-    got = BACKWARDS[name](grad, indices, num_expert_sqrt)
+    got = (BACKWARDS | TO_READ)[name](grad, indices, num_expert_sqrt)
     want = sequential_sums(grad, indices, num_expert_sqrt)
     if all(map(torch.equal, got, want)):
         return "equal"
@@ -94,15 +111,15 @@ def backward_bytes(case):
     return case.num_tokens * (case.k * (size + 4) + 2 * case.num_expert_sqrt * size)
 
 
-def measure_backward(binary, cases=BACKWARD_CASES, device="cuda"):
+def measure_backward(binary, cases=BACKWARD_CASES, device="cuda", functions=None, table="backward"):
     rows = []
     for case in cases:
         grad, indices = backward_problem(case, device)
         floor = backward_bytes(case) / limits()["bandwidth_gbs"] / 1e3
-        for name, function in BACKWARDS.items():
+        for name, function in (functions or BACKWARDS).items():
             row = {"rival": name, **case._asdict(), "floor_us": floor, **limits(), "us": None, "check": None}
             rows.append(row | attempt(_timed_backward, name, function, case, grad, indices))
-    tables.append("backward", rows, binary=binary)
+    tables.append(table, rows, binary=binary)
 
 
 def _timed_backward(name, function, case, grad, indices):
@@ -111,12 +128,22 @@ def _timed_backward(name, function, case, grad, indices):
     return {**times, "check": check}
 
 
-def launch_backwards(cases=BACKWARD_CASES, device="cuda"):
+def launch_backwards(cases=BACKWARD_CASES, device="cuda", functions=None):
     """Launches what `measure_backward` measures."""
     for case in cases:
         grad, indices = backward_problem(case, device)
-        for function in BACKWARDS.values():
+        for function in (functions or BACKWARDS).values():
             attempt(function, grad, indices, case.num_expert_sqrt)
+
+
+def measure_rungs(binary, device="cuda"):
+    """Table backward_rungs: the rungs that people read."""
+    measure_backward(binary, [READ_CASE], device, TO_READ, "backward_rungs")
+
+
+def launch_rungs():
+    """Launches what `measure_rungs` measures."""
+    launch_backwards([READ_CASE], functions=TO_READ)
 
 
 # --- run after run ---
@@ -203,22 +230,25 @@ def launch_precision():
 # --- training ---
 
 
-def record_training(binary, runs, table="training"):
-    """Records a table with every few steps, and <table>_runs with one row a run.
+def record_training(binary, runs, table="training", **sizes):
+    """Records a table with every few steps, and <table>_runs with one row a run; all rows have some sizes.
 
-    runs: {name: what byte_model.train returns of a run}. The first is the one that others are compared with.
+    runs: {name: what byte_model.train returns of a run}, all of one seed. The first is the one that others are compared
+    with.
     """
     first = next(iter(runs.values()))
     steps, summary = [], []
     for name, run in runs.items():
+        of = {"rival": name, "seed": run["seed"], **sizes}
         for step in range(RECORD_EVERY - 1, len(run["losses"]), RECORD_EVERY):
             loss = np.mean(run["losses"][step + 1 - RECORD_EVERY : step + 1])
             counts = {f"experts_{layer}": count for layer, count in enumerate(run["experts"][step], start=1)}
-            steps.append({"rival": name, "step": step + 1, "loss": loss, **counts})
+            steps.append({**of, "step": step + 1, "loss": loss, **counts})
         apart = np.abs(np.subtract(run["losses"], first["losses"])).max()
         summary.append({
-            "rival": name, "steps": len(run["losses"]), "step_ms": 1e3 * np.median(run["seconds"]),
-            "peak_bytes": run["peak_bytes"], "test_loss": run["test_loss"], "largest_difference": apart,
+            **of, "steps": len(run["losses"]), "step_ms": 1e3 * np.median(run["seconds"]),
+            "peak_bytes": run["peak_bytes"], "parameters": run["parameters"], "test_loss": run["test_loss"],
+            "largest_difference": apart,
         })  # fmt: skip
     tables.append(table, steps, binary=binary)
     tables.append(f"{table}_runs", summary, binary=binary)

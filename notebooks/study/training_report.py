@@ -1,4 +1,4 @@
-"""Notebook 04's tables and pictures of what training.py has measured."""
+"""Notebook 04's tables and pictures of what training.py and learning.py have measured."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -7,6 +7,7 @@ import seaborn as sns
 from matplotlib.colors import LogNorm
 
 from . import tables
+from .learning import DENSE
 from .pictures import BLUE, GREEN, ORANGE, RED, save_figure
 from .reports import NO_RESULTS, describe, markdown, microseconds, share
 from .rivals import CASE
@@ -17,8 +18,9 @@ COLORS = dict(zip(BACKWARDS, (ORANGE, RED, BLUE, GREEN), strict=True))
 
 def recorded(table, *keys):
     """The rows of a table on this GPU, or else on the one that was measured last, with the last versions; of rows with
-    the same keys the last one."""
+    the same keys the last one. Rows that lack a key are of an older kind, and do not count."""
     rows = tables.read(table)
+    rows = rows.dropna(subset=list(keys)) if {*keys} <= {*rows.columns} else rows.head(0)
     if len(rows):
         here = rows[rows.gpu == tables.setting()["gpu"]]
         last = here if len(here) else rows[rows.date == rows.date.max()]
@@ -66,6 +68,19 @@ def draw_backward(rows):
     axes.legend(fontsize=8, title="", ncol=len(COLORS), loc="upper center")
     figure.tight_layout()
     return figure
+
+
+def rung(name, predicted_us):
+    """What arithmetic says of a rung that people read, and what it took where a run has timed it, as a sentence."""
+    rows = recorded("backward_rungs", "rival", *CASE)
+    found = rows[rows.rival == name] if len(rows) else rows
+    said = f"{name}: by arithmetic {predicted_us:,.0f} µs; "
+    if found.empty:
+        return said + "not timed yet"
+    row = found.iloc[-1]
+    if isinstance(row.get("error"), str):  # a column only where something failed
+        return f"{said}it failed: {row.error}"
+    return f"{said}it took {microseconds(row.us)} µs on an {row.gpu}; its result: {row.check}"
 
 
 # --- run after run ---
@@ -130,28 +145,123 @@ def draw_precision(rows):
 
 
 def training_table(rows):
-    lines = [
-        (row.rival, row.steps, f"{row.step_ms:.2f}", f"{row.peak_bytes / 2**20:,.0f}", f"{row.test_loss:.4f}",
-         f"{row.largest_difference:.2g}")
-        for row in rows.itertuples()
-    ]  # fmt: skip
-    return markdown(["router", "steps", "a step, ms", "peak memory, MiB", "loss on unseen text, nats a byte",
-                     "largest difference of a step's loss"], lines)  # fmt: skip
+    """A line for each rival, over all seeds."""
+    lines = []
+    for name, group in rows.groupby("rival", sort=False):
+        losses = group.test_loss
+        lines.append((
+            name, group.steps.iloc[-1], len(group), f"{group.step_ms.median():.2f}",
+            f"{group.peak_bytes.max() / 2**20:,.0f}", f"{group.parameters.iloc[-1]:,}",
+            f"{losses.mean():.4f} ({losses.min():.4f} to {losses.max():.4f})", f"{group.largest_difference.max():.2g}",
+        ))  # fmt: skip
+    return markdown(["layer", "steps", "seeds", "a step, ms", "peak memory, MiB", "parameters of the layers",
+                     "loss on unseen text, nats a byte", "largest difference of a step's loss"], lines)  # fmt: skip
+
+
+def curves_of(rows):
+    """{rival: its losses, a row a step and a column a seed}; and those that have the same losses as the first."""
+    curves = {name: run.pivot(index="step", columns="seed", values="loss") for name, run in
+              rows.groupby("rival", sort=False)}  # fmt: skip
+    first, *others = curves
+    same = [name for name in others if curves[name].equals(curves[first])]
+    return {name: curve for name, curve in curves.items() if name not in same}, same
 
 
 def draw_training(rows):
-    """Left the loss of every run, right the experts that a batch of the first run uses."""
+    """Left the losses: means over the seeds in the band of all, and the seeds as thin lines. Right the experts that a
+    batch of the first rival uses."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
-    styles = zip(dict.fromkeys(rows.rival), (GREEN, RED, BLUE), ((), (4, 3), (1, 3)), (4, 1.8, 1.8), strict=False)
-    for name, color, dashes, width in styles:
-        run = rows[rows.rival == name]
-        left.plot(run.step, run.loss, color=color, linewidth=width, dashes=dashes or (None, None), label=name)
-    left.set(xlabel="training step", ylabel="loss, nats a byte", title="Loss")
+    curves, same = curves_of(rows)
+    for (name, curve), color in zip(curves.items(), (GREEN, RED, BLUE, ORANGE), strict=False):
+        label = "\nthe same: ".join([name, *same]) if name == rows.rival.iloc[0] else name
+        left.plot(curve.mean(axis=1), color=color, linewidth=2, label=label)
+        left.plot(curve, color=color, linewidth=0.6)
+        left.fill_between(curve.index, curve.min(axis=1), curve.max(axis=1), color=color, alpha=0.2)
+    seeds = rows.seed.nunique()
+    left.set(xlabel="training step", ylabel="loss, nats a byte", title=f"Loss, {seeds} seed{'s' * (seeds > 1)}")
     left.legend(fontsize=8)
     first = rows[rows.rival == rows.rival.iloc[0]]
     for column, color in zip([c for c in rows if c.startswith("experts_")], (BLUE, ORANGE), strict=False):
-        right.plot(first.step, first[column], color=color, linewidth=2, label=f"layer {column[-1]}")
+        counts = first.pivot(index="step", columns="seed", values=column)
+        right.plot(counts.mean(axis=1), color=color, linewidth=2, label=f"layer {column[-1]}")
+        right.plot(counts, color=color, linewidth=0.6)
     right.set(xlabel="training step", ylabel="experts used by a batch", title="Experts in use", ylim=(0, None))
     right.legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def experts_in_use(rows):
+    """How many experts the last recorded batch of the first rival used, in words."""
+    first = rows[rows.rival == rows.rival.iloc[0]]
+    last = first[first.step == first.step.max()]
+    row, seeds = last.iloc[0], len(last)
+    counts = [last[column].astype(int) for column in rows if column.startswith("experts_")]
+    used = " and ".join(f"{span(count, ',')} in layer {layer}" for layer, count in enumerate(counts, start=1))
+    return (f"Of {row.num_expert_sqrt**2:,.0f} experts, the batch of step {row.step:,} ({row.num_tokens:,.0f} tokens, "
+            f"{row.k:.0f} experts each) used {used}, over {seeds} seed{'s' * (seeds > 1)}.")  # fmt: skip
+
+
+def baseline(rows):
+    """The first rival's loss on unseen text against that of the dense layer, seed by seed, in words."""
+    losses = rows.pivot(index="seed", columns="rival", values="test_loss")
+    gains = losses[DENSE] - losses[rows.rival.iloc[0]]
+    parameters = rows.groupby("rival").parameters.last()
+    times = parameters[rows.rival.iloc[0]] / parameters[DENSE]
+    return (f"With {times:.3g} times the parameters of the dense layer, {rows.rival.iloc[0]} ends lower in "
+            f"{(gains > 0).sum()} of {len(gains)} seeds, by {gains.mean():.3f} nats a byte on average "
+            f"({span(gains, '.3f')}).")  # fmt: skip
+
+
+def span(values, spec):
+    """The smallest and the largest of some numbers as text, or the one that all are."""
+    return " to ".join(dict.fromkeys(format(value, spec) for value in (values.min(), values.max())))
+
+
+# --- pairs of runs ---
+
+
+def pairs_table(rows):
+    """A line a pair: by how much its runs differ in and after the last step."""
+    lines = [(row.num_expert_sqrt, row.k, row.rival, "never" if np.isnan(row.apart) else f"{row.apart:.0f}",
+              "none" if np.isnan(row.step) else f"{row.step:.0f}", f"{row.choices:,} of {row.made:,}",
+              f"{row.loss_difference:.2g}", f"{row.weight_difference:.2g}") for row in rows.itertuples()]  # fmt: skip
+    return markdown(["N", "k", "backward", "first step after which weights differ", "first step of another choice",
+                     "other choices in the last step", "difference of its loss", "largest difference of a weight"],
+                    lines)  # fmt: skip
+
+
+def first_flips(rows):
+    """Of each pair, in words: the first token that other experts were chosen for, or that there is none."""
+    said = []
+    for row in rows.itertuples():
+        of = f"* **{row.rival}**, N = {row.num_expert_sqrt}, k = {row.k}: "
+        if not np.isnan(row.step):
+            where = f"in step {row.step:.0f}, layer {row.layer:.0f}, token {row.token:.0f} runs expert"
+            said.append(f"{of}{where} {row.expert:.0f} in the one run, and expert {row.instead:.0f} in the other.")
+        elif np.isnan(row.apart):
+            said.append(f"{of}no weight differs after any of {row.steps} steps.")
+        else:
+            said.append(f"{of}weights differ from step {row.apart:.0f} on, but in {row.steps} steps no choice does.")
+    return "\n".join(said)
+
+
+def draw_pairs(rows):
+    """The largest difference of a weight between the two runs of a pair, step by step, a panel a size. Zero is at the
+    bottom; a dot is the first step in which some token chose another expert."""
+    sizes = list(rows.groupby(CASE, sort=False))
+    figure, panels = plt.subplots(1, len(sizes), figsize=(5 * len(sizes), 3.8), sharey=True, squeeze=False)
+    for axes, (case, group) in zip(panels[0], sizes, strict=True):
+        for name, run in group.groupby("rival", sort=False):
+            wide = {"linewidth": 6, "zorder": 2} if name == OURS else {"linewidth": 1.8, "zorder": 3}  # zeros on zeros
+            axes.plot(run.step, run.weight_difference, color=COLORS[name], label=name, clip_on=False, **wide)
+            flipped = run[run.choices > 0].head(1)
+            axes.plot(
+                flipped.step, flipped.weight_difference, "o", color=COLORS[name], markeredgecolor="black", zorder=4
+            )
+        axes.set_yscale("symlog", linthresh=1e-9)
+        axes.set(xlabel="training step", title=f"N = {case[1]}, k = {case[2]}", ylim=(0, None))
+    panels[0][0].set_ylabel("largest difference of a weight")
+    panels[0][0].legend(fontsize=8)
     figure.tight_layout()
     return figure
