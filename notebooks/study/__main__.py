@@ -5,6 +5,7 @@ python notebooks/study 03            runs only the notebooks whose names start s
 python notebooks/study --again       measures again what this GPU has measured before
 python notebooks/study --update      writes over the committed notebooks and figures, and README's results
 python notebooks/study --readme      runs nothing, only fills README's results from the recorded tables
+python notebooks/study --draw        runs nothing, only draws all figures from the recorded tables; needs no GPU
 python notebooks/study --lab         opens JupyterLab on copies of the notebooks, in study-output/lab/
 
 Or measures a part of it, alone. Rows go to study-output/figures/data, with --update to figures/data.
@@ -38,6 +39,7 @@ def execute(options):
     failed = notebooks.execute_all(paths, copies)
     if options.update:
         fill_readme(options)
+        draw(options)
     print(f"The executed notebooks are in {copies}, their figures in {files.FIGURES}")
     sys.exit(failed)
 
@@ -46,6 +48,14 @@ def fill_readme(_):
     from study import readme
 
     readme.fill()
+
+
+def draw(_):
+    os.environ.update(CUDA_VISIBLE_DEVICES="", MPLBACKEND="agg")  # the same pictures on every machine
+    from study import drawing, files
+
+    drawing.draw_all()
+    print(f"The figures are in {files.FIGURES}")
 
 
 def open_lab(_):
@@ -110,6 +120,7 @@ def tell(done):
 
 TASKS = {
     "readme": fill_readme,
+    "draw": draw,
     "lab": open_lab,
     "autotune": time_configurations,
     "verify": time_configurations_again,
@@ -147,7 +158,7 @@ def main():
     if options.again:
         os.environ["OMNI_AGAIN"] = "1"
     try:
-        if options.task not in (fill_readme, open_lab):
+        if options.task not in (fill_readme, draw, open_lab):
             check_cache()
         options.task(options)
     except KeyboardInterrupt:

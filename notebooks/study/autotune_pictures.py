@@ -24,6 +24,14 @@ from .configurations import KEY, N2_KERNELS, NAMES, Problem, tile_sizes, title
 from .pictures import BLUE, GREEN, ORANGE, RED, SCORES
 
 
+def _fixed(rows, problems):
+    """The GPU, dtype and k that all problems have; of kernels with another k than the first, that too."""
+    ks = {problem.kernel: problem.k for problem in reversed(problems)}
+    first = ks[problems[0].kernel]
+    others = [f"{NAMES[kernel]}: {k}" for kernel, k in ks.items() if k != first]
+    return f"{rows['gpu'].iloc[0]}, k = {first}{f' ({others[0]})' if others else ''}, bf16"
+
+
 def draw_heat_map(rows, problem):
     """Time over the best of the problem, tile against warps, a panel for each number of stages."""
     group = rows[rows["problem"] == problem]
@@ -48,7 +56,7 @@ def draw_heat_map(rows, problem):
         axes.grid(False)
         axes.set_facecolor("0.93")  # not in any list, or it failed
     panels[0][0].set_ylabel(" × ".join(tile_sizes(tiles[0])))
-    figure.suptitle(f"{title(problem)}: time / best", x=0.02, ha="left", weight="bold")
+    figure.suptitle(f"{title(problem)}: time / best\n{_fixed(rows, [problem])}", x=0.02, ha="left", weight="bold")
     figure.tight_layout()
     return figure
 
@@ -71,27 +79,46 @@ def draw_distribution(rows):
     axes.set_yticks(range(len(problems)), [title(problem) for problem in problems])
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel="time / best", title="Every configuration that ran")
+    axes.set(xlabel="time / best", title=f"Every configuration that ran\n{_fixed(rows, problems)}")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
 def draw_gains(rows):
-    """How much faster the best of the longer lists is than the best of the original one, beside what was expected."""
+    """How much faster than the best of the original list the best of the general one is, in percent, beside what was
+    expected; and how fast the best of the architecture's list, which is another scale."""
     table = gains(rows)
     if table.empty:
         return None
-    figure, axes = plt.subplots(figsize=(9, 0.42 * len(table) + 1.4), layout="constrained")
-    axes.axvspan(1.05, 1.15, color="0.8", label="the guide's 5 to 15%")
-    axes.axvline(1, color="0.4", linewidth=1)
-    for name, color, marker in (("general", BLUE, "o"), ("architecture", GREEN, "D")):
-        axes.plot(table["original"] / table[name], range(len(table)), marker, color=color, label=f"{name} list")
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda speed, _: f"{speed:g}×" if speed >= 1 else f"1/{1 / speed:g}")
-    axes.set_yticks(range(len(table)), table.index)
-    axes.invert_yaxis()
-    axes.set(xlabel="speed, over that of the original list's best", title="What other lists are worth")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(9, 0.36 * len(table) + 1.8), width_ratios=(3, 2), sharey=True, layout="constrained"
+    )
+    places = range(len(table))
+    left.axvspan(5, 15, color="0.8")
+    left.text(15, -0.7, " the guide's 5 to 15%", fontsize=9, va="center")
+    left.axvline(0, color="0.4", linewidth=1.2)
+    left.plot(table["general gain %"], places, "o", color=BLUE, markersize=7)
+    right.axvline(1, color="0.4", linewidth=1.2)
+    right.plot(table["original"] / table["architecture"], places, "D", color=GREEN, markersize=6)
+    for axes, values, form in (
+        (left, table["general gain %"], "{:.1f}%"),
+        (right, table["original"] / table["architecture"], "{:.2g}×"),
+    ):
+        for place, value in enumerate(values):
+            if math.isfinite(value):
+                side = "right" if axes is right and value > 0.1 else "left"  # where the line at 1 is not
+                axes.annotate(form.format(value), (value, place), (-7 if side == "right" else 7, 0), ha=side,
+                              textcoords="offset points", va="center", fontsize=9)  # fmt: skip
+    left.set(title="General list", xlabel="% faster than the original list's best")
+    left.set_xlim(-8, 1.2 * max(20, table["general gain %"].max()))
+    right.set(xscale="log", title="Architecture's list", xlabel="speed / original list's best")
+    low, high = right.get_xlim()
+    right.set_xlim(low / 1.3, 1.5 * max(1, high))
+    right.xaxis.set_major_formatter("{x:g}")
+    left.set_yticks(places, table.index)
+    left.set_ylim(len(table) - 0.4, -1.2)
+    problems = problems_of(rows, N2_KERNELS)
+    figure.suptitle(f"What other lists are worth\n{_fixed(rows, problems)}", x=0.02, ha="left", weight="bold")
     return figure
 
 
@@ -100,26 +127,29 @@ def draw_regret(rows, problems):
     problems = [problem for problem in problems if problem in problems_of(rows)]
     if not problems:
         return None
-    figure, panels = plt.subplots(1, len(problems), figsize=(3.6 * len(problems), 3.6), sharey=True, squeeze=False)
+    figure, panels = plt.subplots(1, len(problems), figsize=(3.2 * len(problems), 4.2), sharey=True, squeeze=False)
     styles = {
-        "general": (BLUE, "-"), "pruned": (ORANGE, "-"), "architecture": (GREEN, "--"),
-        "original": (RED, ":"), "own": (BLUE, "-"),
+        "general": (BLUE, "-", "o"), "pruned": (ORANGE, "-", "^"), "architecture": (GREEN, "--", "D"),
+        "original": (RED, ":", "s"), "own": (BLUE, "-", "o"),
     }  # fmt: skip
     for problem, axes in zip(problems, panels[0], strict=True):
         best = min(times_of(rows, problem).values())
         for name, times in lists_of(rows, problem).items():
             curve = regret(times, best)
-            color, line = styles[name]
-            axes.plot(np.arange(1, len(curve) + 1), curve, color=color, linestyle=line, linewidth=2, label=name,
-                      marker="o" if len(curve) == 1 else None)  # fmt: skip
+            color, line, marker = styles[name]
+            marked = sorted({0, len(curve) - 1, *(int(tries) for tries in (1, 3, 9, 29, 99) if tries < len(curve))})
+            axes.plot(np.arange(1, len(curve) + 1), curve, color=color, linestyle=line, linewidth=1.8,
+                      label=f"{name} list", marker=marker, markevery=marked)  # fmt: skip
         axes.set_xscale("log")
         axes.set_yscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.set(title=title(problem).replace(", ", "\n", 1), xlabel="configurations tried")
     panels[0][0].set_ylabel("best found / best of all")
-    panels[0][0].legend(frameon=False)
-    figure.tight_layout()
+    figure.suptitle(_fixed(rows, problems), x=0.02, ha="left", weight="bold")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=4, frameon=False, loc="lower center", fontsize=9)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     return figure
 
 
@@ -128,11 +158,13 @@ def draw_correlations(rows):
     table = correlations(rows)
     if table.empty:
         return None
-    figure, axes = plt.subplots(figsize=(8, 0.34 * len(table) + 1.3))
+    figure, axes = plt.subplots(figsize=(9, 0.3 * len(table) + 1.4))
     sns.heatmap(table.astype(float), ax=axes, cmap="vlag", vmin=-1, vmax=1, annot=True, fmt=".2f", linewidths=0.5,
                 cbar=False)  # fmt: skip
-    axes.set(title="Rank correlation with the measured time", ylabel="")
-    axes.tick_params(axis="x", labelrotation=20)
+    axes.set(ylabel="")
+    axes.tick_params(axis="x", labelrotation=0, labelsize=9)
+    heading = f"Rank correlation with the measured time\n{_fixed(rows, problems_of(rows))}"
+    figure.suptitle(heading, x=0.02, ha="left", weight="bold")
     axes.grid(False)
     axes.set_facecolor("0.93")  # the same for all configurations
     figure.tight_layout()
@@ -151,10 +183,12 @@ def draw_transfer(rows):
     for (kernel, matrix), axes in zip(matrices.items(), panels.flat, strict=False):
         sns.heatmap(matrix, ax=axes, cmap=SCORES, vmin=1, vmax=2, annot=True, fmt=".2f", cbar=False,
                     linewidths=0.5, annot_kws={"size": 9})  # fmt: skip
-        axes.set(title=NAMES[kernel], xlabel="used at tokens, N", ylabel="best of tokens, N")
+        k = next(problem.k for problem in problems_of(rows, [kernel]))
+        axes.set(title=f"{NAMES[kernel]}, k = {k}", xlabel="used at tokens, N", ylabel="best of tokens, N")
         axes.tick_params(axis="y", labelrotation=0)
         axes.set_xticks(axes.get_xticks(), [name.replace(", ", "\n") for name in matrix], rotation=0)
-    figure.suptitle("Time with another problem's best configuration / best", x=0.02, ha="left", weight="bold")
+    heading = f"Time with another problem's best configuration / best\n{rows['gpu'].iloc[0]}, bf16"
+    figure.suptitle(heading, x=0.02, ha="left", weight="bold")
     figure.tight_layout()
     return figure
 
@@ -168,14 +202,15 @@ def draw_two_gpus(here, there):
         columns.append(frame.assign(relative=frame["time_us"] / best)[[*KEY, "relative"]].dropna())
     both = columns[0].merge(columns[1], on=KEY, suffixes=("_here", "_there"))
     figure, axes = plt.subplots(figsize=(6.4, 6))
-    for color, (kernel, group) in zip(sns.color_palette("colorblind"), both.groupby("kernel"), strict=False):
-        axes.plot(group["relative_there"], group["relative_here"], "o", color=color, markersize=4, alpha=0.6,
+    styles = zip(sns.color_palette("colorblind"), "os^Dv*", strict=False)
+    for (color, marker), (kernel, group) in zip(styles, both.groupby("kernel"), strict=False):
+        axes.plot(group["relative_there"], group["relative_here"], marker, color=color, markersize=4, alpha=0.6,
                   label=NAMES[kernel])  # fmt: skip
     axes.axline((1, 1), slope=1, color="0.5", linewidth=1)
     for axis, scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
         scale("log", base=2)
         axis.set_major_formatter("{x:g}")
-    axes.set(xlabel=f"time / best, {names[1]}", ylabel=f"time / best, {names[0]}", title="One order on both?")
+    axes.set(xlabel=f"time / best, {names[1]}", ylabel=f"time / best, {names[0]}", title="One order on both? bf16")
     axes.legend(frameon=False)
     figure.tight_layout()
     return figure
@@ -199,7 +234,8 @@ def draw_here():
     if not len(here) or here["time_us"].isna().all():
         print(f"No times of {tables.setting()['gpu']} are on record.")
         return
-    show(draw_distribution, here, name="autotune_here")
-    if len(there) and tables.setting()["gpu"] != RECORDED_GPU:
-        pictures.save_figure(draw_two_gpus(here, there), "autotune_two_gpus")
+    if tables.setting()["gpu"] != RECORDED_GPU:  # whose pictures are there already
+        show(draw_distribution, here, name="autotune_here")
+        if len(there):
+            pictures.save_figure(draw_two_gpus(here, there), "autotune_two_gpus")
     print(paste(here))

@@ -52,13 +52,15 @@ def draw_calls(rows):
     rows = rows[rows.kind == "call"].dropna(subset="us")
     figure, panels = pictures.panel_for_each_gpu(rows, width=7.5, height=5.2)
     colors = {OMNI: GREEN, COMPILED: GREEN, FACTORED: ORANGE, PUBLIC: RED}
-    for axes, (gpu, group) in zip(panels, rows.groupby("gpu", sort=False), strict=True):
+    for axes, (_, group) in zip(panels, rows.groupby("gpu", sort=False), strict=True):
         places = np.arange(len(group))
         families = group.rival.map(lambda name: name.rsplit(", ", 1)[0])
         axes.barh(places, group.us, color=[colors.get(name, BLUE) for name in families], height=0.75)
         for place, us in zip(places, group.us, strict=True):
             axes.text(us, place, f" {reports.microseconds(us)}", va="center", fontsize=9)
-        axes.set(xlabel="µs a call, as the host issues it", title=gpu, xlim=(0, group.us.max() * 1.12))
+        axes.set(
+            xlabel="µs a call, as the host issues it", title=pictures.fixed(group), xlim=(0, group.us.max() * 1.12)
+        )
         axes.set_yticks(places, group.rival)
         axes.invert_yaxis()
         axes.grid(False, axis="y")

@@ -70,17 +70,17 @@ def draw_network(kind, count, first=0, k=None, axes=None):
 
 def draw_owners(k=16, row_keys=256, lanes=32):
     """The registers of a warp, twice: where its lanes share a row, and where each has a row of its own."""
-    figure, (shared, owned) = plt.subplots(1, 2, figsize=(13, 4.6), width_ratios=(row_keys // lanes + 4, k + 4))
+    figure, (shared, owned) = plt.subplots(1, 2, figsize=(9.6, 4.4), width_ratios=(row_keys // lanes + 4, k + 4))
     tokens = sns.color_palette("husl", lanes)
     _draw_registers(shared, lanes, row_keys // lanes, lambda lane: BLUE)
-    shared.set_title("Rungs 3 to 5: a row a warp")
+    shared.set_title(f"Rungs 3 to 5: a row a warp, N = {row_keys}")
     for lane in range(lanes):
         shared.annotate("", (row_keys // lanes + 1, lanes / 2), (row_keys // lanes + 0.1, lane + 0.5),
                         arrowprops={"arrowstyle": "-", "color": ORANGE, "linewidth": 0.6})  # fmt: skip
     shared.text(row_keys // lanes + 1.1, lanes / 2, "each maximum:\nall lanes\ntalk", va="center", fontsize=9)
     shared.set_xlabel(f"{row_keys // lanes} registers: keys of the token's row")
     _draw_registers(owned, lanes, k, lambda lane: tokens[lane])
-    owned.set_title("Rung 6: a row a lane")
+    owned.set_title(f"Rung 6: a row a lane, k = {k}")
     owned.add_patch(Rectangle((0, 5), k, 1, fill=False, edgecolor="black", linewidth=2))
     owned.text(k + 0.2, 5.5, "a list: the keys\nof lane 5's token", va="center", fontsize=9)
     owned.add_patch(Rectangle((2, 0), 1, lanes, fill=False, edgecolor="black", linewidth=2, linestyle="--"))

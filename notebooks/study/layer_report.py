@@ -107,6 +107,7 @@ STACKS = {
 }
 COLORS = {GATES: "0.75", LOG_SOFTMAX: ORANGE, LATER_ROUTER: BLUE, EXP: RED, COMPILED: sns.light_palette(ORANGE)[3],
           OURS: GREEN}  # fmt: skip
+HATCHES = {GATES: "", LOG_SOFTMAX: "//", LATER_ROUTER: "", EXP: "\\\\", COMPILED: "..", OURS: "xx"}
 
 
 def draw_layer(rows):
@@ -117,20 +118,21 @@ def draw_layer(rows):
     columns = rows.num_expert_sqrt.nunique()
     height = len(groups) // columns
     figure, panels = plt.subplots(height, columns, figsize=(5.4 * columns, 2.9 * height), squeeze=False)
-    for axes, ((gpu, size), group) in zip(panels.flat, groups, strict=True):
+    for axes, (_, group) in zip(panels.flat, groups, strict=True):
         times, labeled = group.set_index("rival").us, set()
         for place, names in enumerate(STACKS.values()):
             ends = np.cumsum([times[name] for name in names])
             for name, end in zip(names, ends, strict=True):
                 label = None if name in labeled else name
-                axes.barh(place, times[name], left=end - times[name], color=COLORS[name], height=0.7, label=label)
+                axes.barh(place, times[name], left=end - times[name], color=COLORS[name], height=0.7, label=label,
+                          hatch=HATCHES[name], edgecolor="white")  # fmt: skip
                 labeled.add(name)
             axes.text(ends[-1], place, f" {microseconds(ends[-1])}", va="center", fontsize=9)
         axes.set_yticks(range(len(STACKS)), STACKS)
         axes.invert_yaxis()
         axes.grid(False, axis="y")
         axes.margins(x=0.12)
-        axes.set(xlabel=f"µs of kernels, forward, {MAIN.num_tokens:,} tokens, k = {MAIN.k}", title=f"{gpu}, N = {size}")
+        axes.set(xlabel="µs of kernels, forward", title=pictures.fixed(group))
     handles, labels = panels.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=8, ncol=3, loc="upper center", bbox_to_anchor=(0.5, 0))
     return pictures.finish(figure)
@@ -145,7 +147,8 @@ def draw_adaptive(rows):
         axes.plot(group.experts, group.loss, color=color, marker=marker, label=name)
         for row in group.itertuples():
             axes.annotate(f"{row.value:g}", (row.experts, row.loss), (4, 4), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="experts a token runs in a layer, mean", ylabel="loss on unseen text, nats a byte")
+    axes.set(xlabel="experts a token runs in a layer, mean", ylabel="loss on unseen text, nats a byte",
+             title=pictures.fixed(rows))  # fmt: skip
     axes.legend()
     return pictures.finish(figure)
 

@@ -32,7 +32,7 @@ def link_table(rows):
 def draw_targets(rows):
     """Pairs of bars, what is compared and what with, and how many times the one is the other; a panel for each GPU."""
     figure, panels = pictures.panel_for_each_gpu(rows, width=9, height=5)
-    for axes, (gpu, group) in zip(panels, rows.groupby("gpu", sort=False), strict=True):
+    for axes, (_, group) in zip(panels, rows.groupby("gpu", sort=False), strict=True):
         times = group.drop_duplicates(["case", "num_expert_sqrt", "rival"], keep="last")
         times, labels = times.set_index(["case", "num_expert_sqrt", "rival"]).us, []
         for case, n, ours, other, reach, _ in TARGETS:
@@ -45,7 +45,7 @@ def draw_targets(rows):
             ratio = times[case, n, ours] / times[case, n, other]
             labels.append(f"{case}, N = {n}\n{ratio:.2f}×, to reach {reach}×")
         axes.set_yticks(range(len(labels)), labels, fontsize=8)
-        axes.set(xscale="log", xlabel="µs", title=gpu, xlim=(times.min() / 2, times.max() * 20))
+        axes.set(xscale="log", xlabel="µs", title=pictures.fixed(group), xlim=(times.min() / 2, times.max() * 20))
         axes.invert_yaxis()
         axes.grid(False, axis="y")
     return pictures.finish(figure)
@@ -57,9 +57,9 @@ def draw_link(rows):
     for gpu, group in rows.groupby("gpu", sort=False):
         messages = group[group.case == LINKS].sort_values("megabytes")
         axes.plot(messages.megabytes, messages.us, marker="o", color=BLUE, label=f"all-to-all, {gpu}")
-        for name, color in ((LINK, ORANGE), (SPREAD, GREEN)):
+        for name, color, marker in ((LINK, ORANGE, "s"), (SPREAD, GREEN, "D")):
             points = group[group.rival == name]
-            axes.scatter(points.megabytes, points.us, color=color, label=f"{name}, {gpu}", zorder=3)
+            axes.scatter(points.megabytes, points.us, color=color, marker=marker, label=f"{name}, {gpu}", zorder=3)
     axes.set(xscale="log", yscale="log", xlabel="MB that a GPU sends to the other", ylabel="µs")
     axes.legend(fontsize=8)
     return pictures.finish(figure)

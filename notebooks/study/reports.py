@@ -31,13 +31,16 @@ def told(table, tell):
     return "\n\n".join(f"{describe(rows)}:\n\n{tell(rows)}" for _, rows in groups(latest(table), "gpu")) or NO_RESULTS
 
 
+def drawn(draw, *wanted):
+    """The picture of the last run of some tables on every GPU; None where one of them is not recorded."""
+    rows = [latest(table) for table in wanted]
+    return draw(pd.concat(rows)) if all(map(len, rows)) else None
+
+
 def show(name, draw, *wanted):
     """Draw the last run of some tables on every GPU, and keep the picture by name."""
-    rows = [latest(table) for table in wanted]
-    if all(map(len, rows)):
-        save_figure(draw(pd.concat(rows)), name)
-    else:
-        print(NO_RESULTS)
+    figure = drawn(draw, *wanted)
+    save_figure(figure, name) if figure else print(NO_RESULTS)
 
 
 def markdown(header, lines):

@@ -5,6 +5,7 @@ import pydoc_data.topics
 import torch
 
 from omni_kernels import brute_force_router, factored_router
+from omni_kernels.reference import backward_router
 
 
 def text_bytes(num_tokens, start=2000):
@@ -37,6 +38,17 @@ def show_table(rows, columns, cell):
     print(" " * first + "".join(name.rjust(width) for name in columns))
     for name, row in rows.items():
         print(name.ljust(first) + "".join(str(cell(row, column)).rjust(width) for column in columns.values()))
+
+
+class NeverZeroed:
+    """The right gradient, added to what the buffer held before."""
+
+    buffers = (0.0, 0.0)
+
+    def __call__(self, grad_scores, indices, num_expert_sqrt):
+        grads = backward_router(grad_scores, indices, num_expert_sqrt)
+        self.buffers = tuple(map(torch.add, grads, self.buffers))
+        return self.buffers
 
 
 def train_next_byte(backward, num_steps=150, num_expert_sqrt=16, k=8, batch=256, width=32):

@@ -5,8 +5,9 @@ import math
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator, NullLocator
 
-from .pictures import BLUE, GREEN, ORANGE, RED, finish, panel_for_each_gpu
+from .pictures import BLUE, GREEN, ORANGE, RED, finish, fixed, label_lines, panel_for_each_gpu
 from .reports import NO_RESULTS, groups, latest, markdown, microseconds, share
 from .rivals import ALL_SUMS, CASE, COMPILED, FACTORED, FRONTIER, OMNI, OPTIMIZED, ORIGINAL, QUACK, RIVALS, Case
 from .speed import MAIN, TIMED, examined, num_bytes
@@ -149,62 +150,85 @@ def losses():
 
 # --- pictures ---
 
-COLORS = {"all N² sums": RED, "compositions": ORANGE, "factored kernels": BLUE, "omni_router": GREEN}
+FAMILIES = {
+    "all N² sums": (RED, "v"), "compositions": (ORANGE, "s"), "factored kernels": (BLUE, "D"),
+    "omni_router": (GREEN, "o"),
+}  # fmt: skip
 
 
 def draw_ladder(rows):
-    """A bar for every rung, its time on a log scale, and the floor; a column of bars for every GPU."""
+    """A dot for every rung, its time on a log scale, and how far that is from the floor; a panel for every GPU."""
     rows = rows.dropna(subset="us")
-    figure, panels = panel_for_each_gpu(rows, width=7.5, height=5.6)
-    for axes, (gpu, group) in zip(panels, groups(rows, "gpu"), strict=True):
-        places = np.arange(len(group))
-        axes.barh(places, group.us, color=[COLORS[RIVALS[name].family] for name in group.rival], height=0.75)
-        for place, row in zip(places, group.itertuples(), strict=True):
-            text = f" {microseconds(row.us)} µs, {share(row.floor_us, row.us)}"
-            axes.text(row.us, place, text, va="center", fontsize=9)
+    figure, panels = panel_for_each_gpu(rows, width=8, height=5.8)
+    for axes, (_, group) in zip(panels, groups(rows, "gpu"), strict=True):
         floor = group.floor_us.iloc[0]
+        for place, row in enumerate(group.itertuples()):
+            color, marker = FAMILIES[RIVALS[row.rival].family]
+            axes.plot([floor, row.us], [place, place], color=color, linewidth=2.5, alpha=0.45)
+            axes.plot(row.us, place, color=color, marker=marker, markersize=7)
+            text = f"{microseconds(row.us)} µs, {share(row.floor_us, row.us)}"
+            axes.annotate(text, (row.us, place), (8, 0), textcoords="offset points", va="center", fontsize=9)
         axes.axvline(floor, color="black", linestyle="--", linewidth=1.2)
-        axes.text(floor, -0.75, "floor ", ha="right", va="center", fontsize=9)
-        axes.set(xscale="log", xlim=(floor / 3, group.us.max() * 8), xlabel="µs, share of the floor's speed", title=gpu)
-        axes.set_yticks(places, group.rival)
+        axes.text(floor, -0.75, f"floor, {microseconds(floor)} µs ", ha="right", va="center", fontsize=9)
+        axes.set(xscale="log", xlim=(floor / 3, group.us.max() * 10), title=fixed(group),
+                 xlabel="µs, share of the floor's speed")  # fmt: skip
+        axes.set_yticks(range(len(group)), group.rival)
         axes.set_ylim(len(group) - 0.4, -1.2)
         axes.grid(False, axis="y")
     families = dict.fromkeys(RIVALS[name].family for name in rows.rival)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=COLORS[family]) for family in families]
+    handles = [plt.Line2D([], [], color=FAMILIES[name][0], marker=FAMILIES[name][1], markersize=7) for name in families]
     panels[0].legend(handles, families, loc="lower right", fontsize=9)
     return finish(figure)
 
 
 STYLES = {
-    ALL_SUMS: (RED, "v", ":"), ORIGINAL: (RED, "o", "-"), OPTIMIZED: (RED, "s", "--"), FACTORED: (ORANGE, "o", "-"),
-    COMPILED: (ORANGE, "s", "--"), QUACK: (ORANGE, "^", ":"), FRONTIER: (BLUE, "D", "-"), OMNI: (GREEN, "o", "-"),
+    ALL_SUMS: (RED, "v", ":"), ORIGINAL: (RED, "o", "-"), OPTIMIZED: (RED, "s", "--"), FACTORED: (ORANGE, "P", "-"),
+    COMPILED: (ORANGE, "X", "--"), QUACK: (ORANGE, "^", ":"), FRONTIER: (BLUE, "D", "-"), OMNI: (GREEN, "o", "-"),
 }  # fmt: skip
 
 
-def draw_against(rows, column, label):
-    """Time against one size, a line for each rival, and the floor; a panel for every GPU."""
-    figure, panels = panel_for_each_gpu(rows, width=7.5, height=5)
-    for axes, (gpu, group) in zip(panels, groups(rows, "gpu"), strict=True):
+def draw_tokens(rows):
+    return _draw_against(rows, "num_tokens", "tokens")
+
+
+def draw_size(rows):
+    return _draw_against(rows, "num_expert_sqrt", "N")
+
+
+def draw_k(rows):
+    return _draw_against(rows, "k", "k")
+
+
+def _draw_against(rows, column, label):
+    """Time against one size, a line for each rival, and the floor, no lower than an empty kernel; a panel for every
+    GPU."""
+    figure, panels = panel_for_each_gpu(rows, width=8, height=5.2)
+    for axes, (_, group) in zip(panels, groups(rows, "gpu"), strict=True):
         _draw_lines(axes, group, column, "us")
-        floor = group.drop_duplicates(column).sort_values(column)
-        axes.plot(floor[column], floor.floor_us, color="black", linestyle="--", linewidth=1.2, label="floor")
+        floor, empty = group.drop_duplicates(column).sort_values(column), group.empty_us.median()
+        low, high = math.log2(floor[column].iloc[0]), math.log2(floor[column].iloc[-1])
+        sizes = np.exp2(np.linspace(low, high, 200))
+        floors = np.exp2(np.interp(np.log2(sizes), np.log2(floor[column]), np.log2(floor.floor_us)))
         if column == "num_tokens":
-            axes.axhline(floor.empty_us.iloc[0], color="grey", linestyle=":", linewidth=1.2, label="empty kernel")
-        axes.set(xlabel=label, ylabel="µs", title=gpu)
-        axes.legend(fontsize=8)
-    return finish(figure)
+            seen = floors > 0.8 * empty
+            sizes, floors = sizes[seen], floors[seen]
+            axes.axhline(empty, color="0.4", linestyle=":", linewidth=1.4, label="empty kernel")
+        axes.plot(sizes, floors, color="black", linestyle="--", linewidth=1.2, label="floor")
+        axes.set(xlabel=label, ylabel="µs", title=fixed(group))
+        axes.margins(x=0.03, y=0.09)
+    return _labeled(finish(figure))
 
 
 def draw_memory(rows):
     """The memory a call takes against N; its results are the least it can be."""
-    figure, panels = panel_for_each_gpu(rows, width=6.5, height=4.2)
-    for axes, (gpu, group) in zip(panels, groups(rows, "gpu"), strict=True):
+    figure, panels = panel_for_each_gpu(rows, width=7.5, height=4.4)
+    for axes, (_, group) in zip(panels, groups(rows, "gpu"), strict=True):
         _draw_lines(axes, group.assign(mebibytes=group.peak_bytes / 2**20), "num_expert_sqrt", "mebibytes")
         least = group.results_bytes.iloc[0] / 2**20
         axes.axhline(least, color="black", linestyle="--", linewidth=1.2, label="results alone")
-        axes.set(xlabel="N", ylabel="MiB at the peak, logits not counted", title=gpu)
-        axes.legend(fontsize=8)
-    return finish(figure)
+        axes.set(xlabel="N", ylabel="MiB at the peak, without logits", title=fixed(group))
+        axes.margins(y=0.12)
+    return _labeled(finish(figure))
 
 
 def _draw_lines(axes, rows, column, value):
@@ -212,60 +236,71 @@ def _draw_lines(axes, rows, column, value):
     for name in [name for name in STYLES if name in set(rows.rival)]:
         color, marker, line = STYLES[name]
         group = rows[rows.rival == name].sort_values(column)
-        axes.plot(group[column], group[value], color=color, marker=marker, linestyle=line, markersize=5, label=name)
+        axes.plot(group[column], group[value], color=color, marker=marker, linestyle=line, markersize=6, label=name)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
 
 
+def _labeled(figure):
+    for axes in figure.axes:
+        label_lines(axes)
+    return figure
+
+
 def draw_roofline(rows):
-    """Bytes a second against the values looked at for each byte: the copy is the roof, the diagonals are values a
-    second."""
-    rows = rows.dropna(subset="us").drop_duplicates(["gpu", "rival", *CASE])
-    figure, panels = panel_for_each_gpu(rows, width=7, height=5)
-    for axes, (gpu, group) in zip(panels, groups(rows, "gpu"), strict=True):
-        for name in [name for name in STYLES if name in set(group.rival)]:
-            points = group[group.rival == name]
-            case_bytes = np.array([num_bytes(Case(*case)) for case in points[CASE].itertuples(index=False)])
-            values = [examined(name, n, k) for n, k in zip(points.num_expert_sqrt, points.k, strict=True)]
-            intensity = np.array(values) * points.num_tokens / case_bytes
+    """Bytes a second against the values looked at for each byte, a point for each rival in the main case: the copy is
+    the roof, the diagonals are values a second."""
+    rows = rows[(rows[CASE] == list(MAIN)).all(axis=1)].dropna(subset="us").drop_duplicates(["gpu", "rival"])
+    figure, panels = panel_for_each_gpu(rows, width=8, height=5.8)
+    for axes, (_, group) in zip(panels, groups(rows, "gpu"), strict=True):
+        roof, gigabytes = group.bandwidth_gbs.median(), num_bytes(MAIN) / group.us / 1e3
+        values = np.array([examined(name, MAIN.num_expert_sqrt, MAIN.k) for name in group.rival])
+        intensity = values * MAIN.num_tokens / num_bytes(MAIN)
+        left, right, bottom, top = intensity.min() / 3, 7 * intensity.max(), gigabytes.min() / 2, 2 * roof
+        axes.axhline(roof, color="black", linestyle="--", linewidth=1.2, label=f"copy, {roof:,.0f} GB/s")
+        for name, x, y in zip(group.rival, intensity, gigabytes, strict=True):
             color, marker, _ = STYLES[name]
-            gigabytes = case_bytes / points.us / 1e3
-            axes.scatter(intensity, gigabytes, color=color, marker=marker, s=26, alpha=0.8, label=name)
-        roof = group.bandwidth_gbs.median()
-        axes.axhline(roof, color="black", linestyle="--", linewidth=1.2, label="copy")
-        axes.set(xscale="log", yscale="log", title=gpu, xlabel="logits and sums looked at, for each byte moved",
-                 ylabel="GB/s of logits and results")  # fmt: skip
-        left, right = axes.get_xlim()
-        bottom, top = axes.get_ylim()
-        for power in range(8, 16):
-            axes.plot([left, right], [10.0 ** (power - 9) / left, 10.0 ** (power - 9) / right], color="0.8", zorder=0)
+            axes.plot(x, y, color=color, marker=marker, markersize=8, linestyle="none",
+                      label=f"{name}, {microseconds(y)} GB/s")  # fmt: skip
+        for power in range(9, 16):
+            axes.plot([left, right], [10.0 ** (power - 9) / left, 10.0 ** (power - 9) / right], color="0.85", zorder=0)
             if bottom < 10.0 ** (power - 9) / right < top:
-                axes.text(right, 10.0 ** (power - 9) / right, f" $10^{{{power}}}$ values/s", fontsize=8, va="center")
-        axes.set(xlim=(left, right), ylim=(bottom, top))
-        axes.legend(fontsize=8, ncol=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
-    return finish(figure)
+                axes.text(right, 10.0 ** (power - 9) / right, f" $10^{{{power}}}$ values/s", fontsize=8.5, va="center")
+        axes.set(xscale="log", yscale="log", title=fixed(group),
+                 xlabel="logits and sums looked at, for each byte moved", ylabel="GB/s of logits and results",
+                 xlim=(left, right), ylim=(bottom, top))  # fmt: skip
+    return _labeled(finish(figure))
 
 
 def draw_guide(rows):
-    """Speedup over the original kernels at the guide's sizes, and the range it expects of the optimized ones."""
+    """Speedup over the original kernels at the guide's sizes, dots on both sides of 1, and the range it expects of the
+    optimized ones."""
     figure, panels = panel_for_each_gpu(rows, width=8, height=4.4)
-    for axes, (gpu, group) in zip(panels, groups(rows, "gpu"), strict=True):
+    for axes, (_, group) in zip(panels, groups(rows, "gpu"), strict=True):
         labels = []
         for place, ((size, k), case) in enumerate(group.groupby(["num_expert_sqrt", "k"], sort=False)):
             times = case.set_index("rival").us
             low, high = (1 + percent / 100 for percent in GUIDE_EXPECTS[size])
-            for offset, name in ((-0.2, OPTIMIZED), (0.2, OMNI)):
-                speedup = times[ORIGINAL] / times[name]
-                axes.bar(place + offset, speedup, width=0.38, color=STYLES[name][0], label=None if labels else name)
-                top = max(speedup, high) if name == OPTIMIZED else speedup
-                axes.text(place + offset, 1.03 * top, f"{speedup:.3g}×", ha="center", va="bottom", fontsize=9)
-            label = None if labels else "the guide's expectation"
-            axes.fill_between([place - 0.42, place + 0.02], low, high, color="black", alpha=0.45, label=label)
-            labels.append(f"{size}×{size}\nk = {k}")
-        axes.axhline(1, color="black", linewidth=1)
-        axes.set(yscale="log", title=gpu, ylabel="times as fast as the original")
-        axes.set_xticks(range(len(labels)), labels)
-        axes.grid(False, axis="x")
-        axes.margins(y=0.15)
-        axes.legend(fontsize=8)
+            band = {
+                "color": "black",
+                "alpha": 0.35,
+                "label": None if labels else "the guide's expectation of optimized",
+            }
+            axes.fill_betweenx([place - 0.32, place + 0.32], low, high, linewidth=0, **band)
+            for name, side in ((OPTIMIZED, -1), (OMNI, 1)):
+                speedup, (color, marker, _) = times[ORIGINAL] / times[name], STYLES[name]
+                axes.plot(speedup, place, color=color, marker=marker, markersize=8, linestyle="none",
+                          label=None if labels else name)  # fmt: skip
+                axes.annotate(f"{speedup:.3g}×", (speedup, place), (8 * side, 0), textcoords="offset points",
+                              ha="left" if side > 0 else "right", va="center", fontsize=9)  # fmt: skip
+            labels.append(f"N = {size}, k = {k}")
+        axes.axvline(1, color="black", linewidth=1.2)
+        axes.set(xscale="log", title=f"Forward, {fixed(group)}", xlabel="times as fast as the original kernels")
+        low, high = axes.get_xlim()
+        axes.set(xlim=(min(low, 0.8), 1.3 * high), ylim=(len(labels) - 0.4, -0.7))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}×")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_yticks(range(len(labels)), labels)
+        axes.legend(fontsize=9, ncols=3, loc="upper center", bbox_to_anchor=(0.45, -0.16), frameon=False)
     return finish(figure)

@@ -9,32 +9,37 @@ from .pictures import BLUE, GREEN, ORANGE, RED
 from .traffic import RANKS_OF_HOST, break_even, exchanged, gathered, pays, spread
 
 
+def _fixed(layer):
+    return f"N = {layer.num_expert_sqrt:,}, k = {layer.k}, hidden vectors of {layer.hidden:,}, bf16"
+
+
 def draw_shardings(layer):
     """Two ranks, what each has in the three ways of sharding, and what moves between them for a token."""
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4.4))
+    figure, panels = plt.subplots(1, 3, figsize=(9.6, 4.2))
+    figure.suptitle(_fixed(layer), x=0.02, ha="left", weight="bold")
     key_bytes, vector = 2 * layer.k * 4, layer.hidden * 2
     titles = {
-        many_gpus.TOKENS: ("nothing, forward and backward",),
+        many_gpus.TOKENS: ("nothing,", "forward and backward"),
         many_gpus.FACTORS: (f"{2 * layer.k} keys each way,", f"{key_bytes} bytes"),
         many_gpus.EXPERTS: (f"its vector there, {vector} bytes,", f"an fp32 sum back, {2 * vector} bytes"),
     }
     for axes, (name, lines) in zip(panels, titles.items(), strict=True):
         axes.set(xlim=(0, 10), ylim=(0, 10), title=name)
         axes.axis("off")
-        for rank, left in enumerate((0.3, 5.7)):
-            axes.add_patch(Rectangle((left, 2.6), 4, 6.4, fill=False, edgecolor="0.5"))
-            axes.text(left + 2, 9.2, f"rank {rank}", ha="center", fontsize=9)
+        for rank, left in enumerate((0.2, 5.5)):
+            axes.add_patch(Rectangle((left, 2.6), 4.3, 6.4, fill=False, edgecolor="0.5"))
+            axes.text(left + 2.15, 9.2, f"rank {rank}", ha="center", fontsize=9)
             _DRAWN[name](axes, rank, left)
         if name != many_gpus.TOKENS:
             for height, way in ((2.15, "->"), (1.8, "<-")):
                 axes.add_patch(
                     FancyArrowPatch((2.3, height), (7.7, height), arrowstyle=way, mutation_scale=12, color="0.3")
                 )
-        axes.text(5, 0.9, "\n".join(lines), ha="center", va="center", fontsize=10)
+        axes.text(5, 0.7, "\n".join(lines), ha="center", va="center", fontsize=9)
     return pictures.finish(figure)
 
 
-def _matrix(axes, left, bottom, rows, columns, colors, width=1.6, height=4.2):
+def _matrix(axes, left, bottom, rows, columns, colors, width=1.7, height=3.8):
     """Tokens by columns, of which some are this rank's: a color for each cell, None if it is not here."""
     for row in range(rows):
         for column in range(columns):
@@ -45,14 +50,14 @@ def _matrix(axes, left, bottom, rows, columns, colors, width=1.6, height=4.2):
 
 
 def _label(axes, left, first, second, below):
-    for offset, text in ((1.05, first), (2.95, second)):
-        axes.text(left + offset, 7.8, text, ha="center", fontsize=8)
-    axes.text(left + 2, 2.8, below, ha="center", fontsize=8)
+    for offset, text in ((1.05, first), (3.15, second)):
+        axes.text(left + offset, 7.85, text, ha="center", fontsize=8.5)
+    axes.text(left + 2.15, 3.25, below, ha="center", va="center", fontsize=8.5)
 
 
 def _draw_tokens(axes, rank, left):
-    for offset in (0.25, 2.15):
-        _matrix(axes, left + offset, 3.4, 6, 6, lambda row, _: BLUE if row // 3 == rank else None)
+    for offset in (0.25, 2.35):
+        _matrix(axes, left + offset, 3.9, 6, 6, lambda row, _: BLUE if row // 3 == rank else None)
     _label(axes, left, "logits x", "logits y", "half the tokens")
 
 
@@ -61,9 +66,9 @@ def _draw_factors(axes, rank, left):
         worst = (2 * row + shift + rank) % 3 + 3 * rank
         return None if column // 3 != rank else BLUE if column == worst else ORANGE
 
-    for offset, shift in ((0.25, 0), (2.15, 1)):
-        _matrix(axes, left + offset, 3.4, 6, 6, lambda row, column, shift=shift: color(row, column, shift))
-    _label(axes, left, "logits x", "logits y", "half the columns; its k best")
+    for offset, shift in ((0.25, 0), (2.35, 1)):
+        _matrix(axes, left + offset, 3.9, 6, 6, lambda row, column, shift=shift: color(row, column, shift))
+    _label(axes, left, "logits x", "logits y", "half the columns;\nits k best")
 
 
 def _draw_experts(axes, rank, left):
@@ -72,9 +77,9 @@ def _draw_experts(axes, rank, left):
     def color(row, column):
         return None if row // 3 != rank else ORANGE if (row, column) in chosen else GREEN
 
-    _matrix(axes, left + 0.25, 3.4, 3, 1, lambda row, _: ORANGE if (rank, row) == (0, 1) else BLUE)
-    _matrix(axes, left + 2.15, 3.4, 6, 6, color)
-    _label(axes, left, "hidden", "N × N experts", "its tokens, half the experts")
+    _matrix(axes, left + 0.25, 3.9, 3, 1, lambda row, _: ORANGE if (rank, row) == (0, 1) else BLUE)
+    _matrix(axes, left + 2.35, 3.9, 6, 6, color)
+    _label(axes, left, "hidden", "experts", "its tokens,\nhalf the experts")
 
 
 _DRAWN = {many_gpus.TOKENS: _draw_tokens, many_gpus.FACTORS: _draw_factors, many_gpus.EXPERTS: _draw_experts}
@@ -82,21 +87,24 @@ _DRAWN = {many_gpus.TOKENS: _draw_tokens, many_gpus.FACTORS: _draw_factors, many
 
 def draw_break_even(num_expert_sqrt, k, ranks, ks):
     """Bytes a token against ranks, and from which N on the package exchanges."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.2))
     ranks = np.array(ranks)
-    left.plot(ranks, exchanged(k, ranks), color=GREEN, marker="o", label=f"candidates, k = {k}")
-    left.plot(ranks, gathered(num_expert_sqrt, ranks), color=ORANGE, marker="s", label=f"logits, N = {num_expert_sqrt}")
+    left.plot(ranks, exchanged(k, ranks), color=GREEN, marker="o", label="candidates")
+    left.plot(ranks, gathered(num_expert_sqrt, ranks), color=ORANGE, marker="s", label="logits")
     chosen = [exchanged(k, r) if pays(num_expert_sqrt, k, r) else gathered(num_expert_sqrt, r) for r in ranks.tolist()]
     left.plot(ranks, chosen, color="black", linewidth=5, alpha=0.25, zorder=0, label="what the package does")
-    left.set(xlabel="ranks", ylabel="bytes that a token receives (bf16)")
-    for color, width in zip((BLUE, GREEN, ORANGE, RED), ks, strict=False):
-        right.plot(ranks, [break_even(width, r) for r in ranks.tolist()], color=color, marker="o", label=f"k = {width}")
-    right.set(xlabel="ranks", ylabel="least N that exchanges")
+    left.set(xlabel="ranks", ylabel="bytes that a token receives", title=f"N = {num_expert_sqrt}, k = {k}, bf16")
+    for (color, marker), width in zip(((BLUE, "D"), (GREEN, "o"), (ORANGE, "s"), (RED, "v")), ks, strict=False):
+        least = [break_even(width, r) for r in ranks.tolist()]
+        right.plot(ranks, least, color=color, marker=marker, markersize=5, label=f"k = {width}")
+    right.set(xlabel="ranks", ylabel="least N", title="From which N on it exchanges")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
-        axes.legend(fontsize=8)
-    return pictures.finish(figure)
+    pictures.finish(figure)
+    for axes in (left, right):
+        pictures.label_lines(axes)
+    return figure
 
 
 def draw_paper(layer, ranks):
@@ -110,9 +118,9 @@ def draw_paper(layer, ranks):
     }
     for name, (num_bytes, color, marker) in lines.items():
         axes.plot(ranks, num_bytes / 1024, color=color, marker=marker, markersize=4, label=name)
-    axes.axvline(RANKS_OF_HOST, color="0.6", linestyle=":", label="a host")
+    axes.axvline(RANKS_OF_HOST, color="0.4", linestyle=":", label="a host")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
-    axes.set(xlabel="ranks", ylabel="KiB that a token receives", title=f"N = {layer.num_expert_sqrt}, k = {layer.k}")
-    axes.legend(fontsize=8)
-    return pictures.finish(figure)
+    axes.set(xlabel="ranks", ylabel="KiB that a token receives", title=_fixed(layer))
+    pictures.label_lines(pictures.finish(figure).axes[0])
+    return figure

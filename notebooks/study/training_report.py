@@ -121,23 +121,35 @@ def precision_table(rows):
 
 
 def draw_precision(rows):
-    """What rounding the logits costs: experts that change, and the error of the gradient."""
-    figure, panels = plt.subplots(1, 2, figsize=(9.5, 3.6))
+    """What rounding the logits costs: tokens whose experts change, and the error of the gradient. Fp32 scores change no
+    experts, so the dtype of the logits alone has a bar at the left."""
     rows = rows[rows.rival != "fp32"]
-    case = "N=" + rows.num_expert_sqrt.astype(str) + "\nk=" + rows.k.astype(str)
-    colors = dict(
-        zip(list(ROUTES)[1:], (BLUE, sns.light_palette(BLUE)[3], ORANGE, sns.light_palette(ORANGE)[3]), strict=True)
+    cases = list(rows.groupby(["num_expert_sqrt", "k"], sort=False))
+    figure, panels = plt.subplots(1, 2, figsize=(9, 1.1 * len(cases) + 1.4), layout="constrained", sharey=True)
+    looks = dict(
+        zip(list(ROUTES)[1:], ((BLUE, 1, ""), (BLUE, 0.4, "//"), (ORANGE, 1, ""), (ORANGE, 0.4, "//")), strict=True)
     )
-    for axes, column, label in zip(
-        panels, ("changed_experts", "grad_error"), ("experts that change, %", "error of the gradient, %"), strict=True
-    ):
-        data = pd.DataFrame({"case": case, "routed in": rows.rival, label: 100 * rows[column]})
-        sns.barplot(data, x="case", y=label, hue="routed in", palette=colors, ax=axes, legend=axes is panels[0])
-        axes.set(yscale="log", xlabel="")
-    handles, labels = panels[0].get_legend_handles_labels()
-    panels[0].get_legend().remove()
-    figure.legend(handles, labels, fontsize=8, ncol=4, loc="upper center")
-    figure.tight_layout(rect=(0, 0, 1, 0.93))
+    rounded = [name for name in looks if not name.endswith("scores fp32")]
+    for axes, column, names in zip(panels, ("changed_tokens", "grad_error"), (rounded, list(looks)), strict=True):
+        height = 0.8 / len(names)
+        for place, (_, group) in enumerate(cases):
+            percent = 100 * group.set_index("rival")[column]
+            for number, name in enumerate(names):
+                color, alpha, hatch = looks[name]
+                at = place - 0.4 + (number + 0.5) * height
+                axes.barh(at, percent[name], height=0.9 * height, color=color, alpha=alpha, hatch=hatch,
+                          edgecolor="white", label=None if place else name)  # fmt: skip
+                axes.text(percent[name], at, f" {percent[name]:.2g}%", va="center", fontsize=9)
+        axes.grid(False, axis="y")
+        axes.margins(x=0.14)
+    panels[0].set(title="Tokens whose experts change", xlabel="% of tokens")
+    panels[1].set(title="Error of the gradient", xlabel="% of its size")
+    panels[0].set_yticks(range(len(cases)), [f"N = {size}\nk = {k}" for (size, k), _ in cases])
+    panels[0].invert_yaxis()
+    handles, labels = panels[1].get_legend_handles_labels()
+    figure.legend(handles, labels, title="routed in", fontsize=9, ncols=4, loc="outside lower center", frameon=False)
+    figure.suptitle(f"{rows.gpu.iloc[0]}, {rows.num_tokens.iloc[0]:,} tokens, fp32 logits rounded", x=0.02, ha="left",
+                    weight="bold")  # fmt: skip
     return figure
 
 
