@@ -171,10 +171,10 @@ def test_measured_pictures_show_every_target_and_message(rows, drawn):
 def test_drawn_bytes_are_those_of_the_formulas(drawn):
     said = texts(traffic_pictures.draw_shardings(LAYER))
     assert all(part in said for part in ("nothing", "32 keys each way,\n128 bytes", "2048 bytes", "4096 bytes"))
-    left, right = traffic_pictures.draw_break_even(256, 16, [2, 4, 8], (8, 16)).axes
+    left, right = traffic_pictures.draw_break_even(1024, 16, [2, 4, 8], (8, 16)).axes
     candidates, logits, chosen = (line.get_ydata().tolist() for line in left.lines)
-    assert candidates == [128, 384, 896] and logits == [512, 768, 896] and chosen == [128, 384, 896]
-    assert [line.get_ydata().tolist() for line in right.lines] == [[33, 65, 129], [65, 129, 257]]
+    assert candidates == [128, 384, 896] and logits == [2048, 3072, 3584] and chosen == [128, 384, 3584]
+    assert [line.get_ydata().tolist() for line in right.lines] == [[129, 257, 513], [257, 513, 1025]]
     (axes,) = traffic_pictures.draw_paper(LAYER, [8, 4096]).axes
     spread, logits, candidates = (line.get_ydata().tolist() for line in axes.lines[:3])
     assert candidates[0] < spread[0] < logits[0] and logits[1] < spread[1] < candidates[1]
