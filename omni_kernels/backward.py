@@ -88,7 +88,9 @@ def _given(grad_ptrs, saved_ptr, tokens, slots, num_tokens, mean, mask, PLAN):
     grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)
     if PLAN.has_weights:
         weights = saved_ptr + num_tokens.to(tl.int64) * 4 + tokens * PLAN.k + slots
-        grad = tl.load(weights, mask=mask, other=0.0) * (grad - mean)
+        if PLAN.normalize == "topk":
+            grad = tl.where(mask, grad - mean, 0.0)  # the mean may be NaN
+        grad = tl.load(weights, mask=mask, other=0.0) * grad
     elif PLAN.sums_rows:
         largest_x, _ = _saved_of_rows(saved_ptr, tokens, 0, mask)
         largest_y, _ = _saved_of_rows(saved_ptr, tokens, 1, mask)

@@ -190,6 +190,7 @@ PTX_CASES = [
     (FP16, FP16, 100, 5, 16, 8, 100, "softmax"),
     (FP32, FP32, 200, 31, 1, 32, 64, "softmax"),
     (FP32, FP32, 12, 40, 4, 16, 12, "topk"),
+    (FP32, BF16, 64, 5, 8, 8, 64, "topk"),
 ]
 
 
@@ -238,13 +239,15 @@ def run_normalized(plan, program, grad, indices, wide):
     largest = torch.stack((x, y), 1).float().amax(2)
     totals = (torch.stack((x, y), 1).float() - largest.nan_to_num(neginf=0.0)[..., None]).exp().sum(2)
     weights = scores.detach().float().nan_to_num(0.0) if plan.has_weights else torch.empty(0)
+    if plan.normalize == "topk":
+        weights[3] = NAN  # as of a poisoned token
     saved = torch.cat((torch.stack((largest, totals), 2).flatten(), weights.flatten()))
     outputs = torch.full((2, len(grad), plan.num_expert_sqrt), NAN, dtype=plan.dtype)
     tensors = {GRAD: wide, INDICES: indices, GRAD_X: outputs[0], GRAD_Y: outputs[1], X: x, Y: y, SAVED: saved}
     memory = {address: tensor.view(torch.uint8).numpy().reshape(-1) for address, tensor in tensors.items()}
     for number in range(plan.grid(len(grad))):
         run_program(program, [*tensors, 2 * plan.k, 2, len(grad)], memory, program_id=number)
-    return outputs, [part.index_fill(0, torch.tensor(2), 0.0) for part in want]
+    return outputs, [part.index_fill(0, torch.tensor(2), 0.0) for part in want], (rows, columns)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +258,11 @@ def test_compiled_code_of_normalized_scores(case, programs):
     grad, indices = problem(plan.tokens + 3 + plan.tokens // 2, plan.num_expert_sqrt, plan.k, plan.scores_dtype, "cpu")
     wide = torch.full((len(grad), 2 * plan.k), NAN, dtype=grad.dtype)
     wide[:, ::2] = grad
-    for got, right in zip(*run_normalized(plan, programs[case], grad, indices, wide), strict=True):
+    for got, right, chosen in zip(*run_normalized(plan, programs[case], grad, indices, wide), strict=True):
+        if plan.normalize == "topk":
+            right[3] = torch.zeros(plan.num_expert_sqrt).index_fill(0, chosen[3], NAN)
+            assert torch.equal(got[3].isnan(), right[3].isnan())
+            got, right = got.nan_to_num(0.0), right.nan_to_num(0.0)
         size = grad.double().abs().sum(1, keepdim=True)
         error = (got.double() - right).abs() - torch.finfo(plan.dtype).eps / 2 * right.abs()
         assert (error <= 3e-7 * size + torch.finfo(plan.dtype).tiny).all()
