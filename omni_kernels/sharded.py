@@ -19,8 +19,9 @@ from torch.distributed import _functional_collectives as collectives
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from . import reference
+from .configs import has_kernels
 from .distributed import ask, backends_of, raise_together, refusal_code
-from .factored import lists
+from .factored import candidates, lists
 from .factored.plan import OVER_ALL
 from .operators import as_matrix, define
 
@@ -396,7 +397,16 @@ def _route_candidates(functions, x, y, k, scores_dtype, normalize, way, settle):
     dtype, tokens = x.dtype, x.shape[:-1]
     scores_dtype = scores_dtype or dtype
     x, y = as_matrix(x), as_matrix(y)
-    keys = _BEST_COLUMNS(x.detach(), y.detach(), k, way.first)
+    list_columns = _BEST_COLUMNS if is_compiling() else _best_columns  # an operator takes the host as long again
+    keys = list_columns(x.detach(), y.detach(), k, way.first)
+    if normalize is None and not is_compiling() and has_kernels(keys):
+        settle()
+        keys = way.bring(keys)
+        scores, places = omni_router(*candidates.matrices(keys, dtype), k, scores_dtype)
+        experts = candidates.experts(keys, places, dtype, way.num_experts)
+        if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
+            scores = _Own.apply(x, y, scores, experts, way, sum_up)
+        return _as_tokens(scores, tokens, way), _as_tokens(experts, tokens, way)
     sums, over_all = None, normalize in OVER_ALL
     if normalize is not None:
         x, y = x.float(), y.float()  # so that gradients are rounded once
@@ -418,9 +428,12 @@ def _route_candidates(functions, x, y, k, scores_dtype, normalize, way, settle):
     if normalize is not None:
         totals = map(_total, sums.unbind(2), (all_x, all_y), best) if over_all else None
         scores = reference.normalize_sums(scores, all_x, all_y, *best, normalize, totals).to(scores_dtype)
-    if way.tokens is not None:
-        tokens = (-1, *tokens[1:])
-    return scores.reshape(*tokens, k), experts.reshape(*tokens, k)
+    return _as_tokens(scores, tokens, way), _as_tokens(experts, tokens, way)
+
+
+def _as_tokens(matrix, tokens, way):
+    """A matrix of the tokens that this rank finishes, in their dimensions."""
+    return matrix.reshape(*(tokens if way.tokens is None else (-1, *tokens[1:])), matrix.shape[1])
 
 
 def _experts(x, y, rows, columns, places, num_experts):

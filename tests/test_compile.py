@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+import triton.language as tl
 from cases import POINTERS, compile_for, compile_plan, compiled_by, cuobjdump, stack_of
 from triton.runtime.jit import KernelInterface
 
@@ -31,6 +32,8 @@ KERNELS = {
     "backward.scatter_kernel of a softmax": lambda dtype, _: backward.plan_of(30, 16, FP32, dtype, False, "softmax"),
     "backward.shared_kernel of a softmax": lambda dtype, _: backward.plan_of(256, 16, FP32, dtype, True, "softmax"),
     "backward.shared_kernel": lambda dtype, _: backward.plan_of(256, 16, FP32, dtype, True),
+    "candidates.experts_kernel": {"RANKS": 2, "K": 16, "KEY": tl.bfloat16, "TILE_M": 32, "TILE_K": 16},
+    "candidates.matrices_kernel": {"RANKS": 2, "K": 16, "KEY": tl.bfloat16, "TILE": 1024},
     "forward.forward_kernel": {"TILE_M": 4, "TILE_N": 32},
     "frontier.frontier_kernel": lambda dtype, doubles: frontier.plan_of(256, 64, dtype, dtype, 16, doubles),
     "frontier.frontier_kernel in memory": lambda dtype, doubles: frontier.plan_of(256, 200, dtype, dtype, 16, doubles),
@@ -48,6 +51,7 @@ KERNELS = {
     "original.split_forward_kernel": {"TILE_M": 1, "TILE_N": 1024, "TILE_K": 16},
     "prefix.prefix_kernel": lambda dtype, _: PrefixPlan(0, 16, FP32, dtype, 4, 64, 16, "top_p"),
     "replay.replay_kernel": lambda dtype, _: replay.plan_of(256, 16, dtype, dtype, "softmax"),
+    "row_sums.row_sums_kernel": {"TILE_N": 1024, "TILE_K": 16},
     "split_forward.split_forward_kernel": {"TILE_M": 2, "TILE_N": 1024, "TILE_K": 32, "PADDED_SQRT": 128},
     "tile.tile_kernel": lambda dtype, _: plan_of_tile(1000, 4, dtype),
     "tile.tile_kernel of one expert": lambda dtype, _: plan_of_tile(100, 1, dtype),
@@ -102,7 +106,8 @@ def compile_kernel(case):
         binary = compile_plan(plan, arch)
     else:
         pointers = {arg: POINTERS[DTYPES[dtype]] for arg in kernel.arg_names if arg.endswith("_ptr")}
-        pointers |= {"indices_ptr": "*i32", "grad_x_ptr": "*fp32", "grad_y_ptr": "*fp32"}
+        pointers |= {"indices_ptr": "*i32", "grad_x_ptr": "*fp32", "grad_y_ptr": "*fp32", "which_ptr": "*i64"}
+        pointers |= dict.fromkeys(("keys_ptr", "places_ptr", "experts_ptr"), "*i32")
         binary = compile_for(arch, kernel, pointers, KERNELS[name])
     stack = stack_of(binary) - sum(map(int, re.findall(r"private\[(\d+)\]", binary.asm["ptx"])))
     copies = re.findall(r"LDGSTS[^;]*", cuobjdump(binary, "-sass"))
