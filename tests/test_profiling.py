@@ -1,4 +1,5 @@
-"""What Nsight Compute prints is read as it is meant: units, separators, what it does not know, several kernels."""
+"""What Nsight Compute prints is read as it is meant: units, separators, what it does not know, several kernels; and
+so are the rows that come of it."""
 
 import importlib
 import pathlib
@@ -6,7 +7,8 @@ import sys
 
 import pytest
 
-pytest.importorskip("pandas")
+pytest.importorskip("seaborn")
+pd = pytest.importorskip("pandas")
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "notebooks"))
 profiling = importlib.import_module("study.profiling")
 
@@ -63,3 +65,123 @@ def test_ncu_is_asked_for_every_column():
     assert {*profiling.SUMS.values(), *profiling.AVERAGES.values(), profiling.REGISTERS} == set(asked)
     assert set(METRICS) <= set(asked)
     assert command[-1].endswith("profiling.call_twice('rung3_staircase', 512)")
+
+
+# Notebook 07's report -------------------------------------------------------------------------------------------------
+
+NAN = float("nan")
+LIMITED = {
+    "rival": "rung3_staircase", "num_tokens": 1000, "num_expert_sqrt": 256, "k": 16, "dtype": "bf16", "kernels": 1,
+    "us": 50.0, "instructions": 3e6, "bank_conflicts": 6000.0, "dram_read_bytes": 1e6, "dram_write_bytes": 1.24e6,
+    "l2_bytes": 3.36e6, "code_requests": 5e4, "issue_busy_percent": 80.0, "dram_percent": 20.0, "warps_active": 8.0,
+    "stalls": "not_selected 4.00, sleeping 2.00, wait 1.00", "no_instruction": 0.5, "code_misses": 300.0,
+    "registers": 43.0, "gpu": "A GPU", "torch": "2.0", "triton": "3.0", "commit": "abc", "date": "2030-01-02",
+}  # fmt: skip
+UNKNOWN = LIMITED | {"rival": "rung4_packed_keys", "stalls": NAN, "us": 25.0} | dict.fromkeys(
+    ["dram_percent", "no_instruction", "bank_conflicts", "code_misses", "l2_bytes", "registers", "warps_active"], NAN
+)  # fmt: skip
+
+
+@pytest.fixture
+def report(monkeypatch):
+    """The report of two rows, the second with gaps, as a table of one GPU."""
+    found = importlib.import_module("study.profiling_report")
+    rows = pd.DataFrame([LIMITED, UNKNOWN])
+    monkeypatch.setattr(found.reports, "latest", lambda table: rows if table == "profile" else pd.DataFrame())
+    return found, rows
+
+
+@pytest.mark.parametrize(
+    ("table", "known", "unknown"),
+    [
+        ("slots_table", "1,000 | 1 | 50 | 80% | 20% | 40 | 10", "1,000 | 1 | 25 | 80% | – | 20 | –"),
+        ("instructions_table", "3 | 3,000 | 2,950 | 0.50 | 0.1 | 2", "3 | 3,000 | 1,200 | – | – | –"),
+        ("bytes_table", "1.12 | 1 | 1.24 | 2 | 2.24 | 3.36 | 3", "1.12 | 1 | 1.24 | 2 | 2.24 | – | –"),
+        (
+            "waits_table",
+            "43 | 10 | 8.0 | 10.0 | not_selected 4.00, sleeping 2.00, wait 1.00, no_instruction 0.50",
+            "– | – | – | – | –",
+        ),
+    ],
+)
+def test_a_row_is_told(report, table, known, unknown):
+    found, rows = report
+    lines = getattr(found, table)(rows).splitlines()[2:]
+    assert lines == [f"| rung3_staircase | {known} |", f"| rung4_packed_keys | {unknown} |"]
+
+
+def test_registers_leave_room_for_warps():
+    found = importlib.import_module("study.profiling_report")
+    assert [found.room_of(registers) for registers in (16, 32, 33, 40, 128, 129, 255)] == [16, 16, 12, 12, 4, 3, 2]
+
+
+def test_limits_and_steps_are_told_in_words(report, monkeypatch):
+    found, rows = report
+    said = "rung3_staircase: nearer to the limit of its issue slots; slots 80% busy, DRAM 20%"
+    assert found.verdicts() == [said, "rung4_packed_keys: not known"]
+    (step,) = found.steps()
+    assert step.endswith("a token: 1 times the instructions, 1 times the bytes of DRAM, 2 times the time")
+    rows.loc[1, "num_tokens"] = 4000
+    assert found.steps()[0].endswith("4 times the instructions, 4 times the bytes of DRAM, 8 times the time")
+    assert found.shipped() == [found.reports.NO_RESULTS]
+    rows.loc[0, "rival"] = found.OMNI
+    assert found.shipped() == [
+        "A GPU, 1,000 tokens: of 50 µs under ncu, 40 µs would be left if no issue slot were idle, and 10 µs if the "
+        "DRAM were at its peak"
+    ]
+    layer = pd.DataFrame([LIMITED | {"rival": found.ROUTER_ALONE, "us": 25.0, "floor_us": 7.5}])
+    monkeypatch.setattr(found.reports, "latest", lambda table: layer if table == "layer" else rows)
+    assert "25 µs; ncu's time is 2 times that" in found.shipped()[1]
+    assert "the bytes take 7.5 µs" in found.shipped()[1] and "would leave 20 µs" in found.shipped()[1]
+    monkeypatch.setattr(found.reports, "latest", lambda table: pd.DataFrame())
+    assert found.verdicts() == found.steps() == found.shipped() == [found.reports.NO_RESULTS]
+
+
+def test_shares_of_a_warps_cycles_add_up(report):
+    found, rows = report
+    parts = found.parts_of(next(rows.itertuples()))
+    assert sum(parts.values()) == pytest.approx(1)
+    assert {name: share for name, share in parts.items() if share} == pytest.approx(
+        {"selected": 0.1, "not_selected": 0.4, "wait": 0.1, "no_instruction": 0.05, "other": 0.35}
+    )
+
+
+def test_pictures_show_what_was_counted(report):
+    found, rows = report
+    (axes,) = found.draw_busy(rows).axes
+    assert [text.get_text() for text in axes.texts] == [" 80%", " 20%"]  # a row without a share of the DRAM is none
+    (axes,) = found.draw_instructions(rows).axes
+    assert [text.get_text() for text in axes.texts] == ["3,000", "3,000"]
+    assert axes.get_title(loc="left") == "A GPU, N = 256, k = 16, bf16"
+    (axes,) = found.draw_waits(rows).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["rung3_staircase\n1,000 tokens"]
+    assert [text.get_text() for text in axes.texts] == ["not\nselected", "other", "10"]
+    found.pictures.plt.close("all")
+
+
+def test_arithmetic_is_that_of_the_rungs():
+    found = importlib.import_module("study.profiling_report")
+    for name, count in found.ARITHMETIC.items():
+        text = (profiling.LADDER / f"{name}.py").read_text(encoding="utf-8")
+        assert ("half a million warp instructions a token" if count > 1e5 else str(count)) in " ".join(text.split())
+
+
+def test_what_notebook_07_says_is_so_in_the_recorded_rows(monkeypatch):
+    found = importlib.import_module("study.profiling_report")
+    monkeypatch.setattr(found.reports.tables, "DATA", found.reports.tables.RECORDED)
+    for _, rows in found.reports.latest("profile").groupby("gpu"):
+        rows = rows.set_index("rival", drop=False)
+        forward = rows[~rows.rival.str.startswith("backward")]
+        stalls = {row.rival: found.stalls_of(row) for row in rows.itertuples()}
+        assert list(rows.index) == profiling.names()
+        assert list(forward.index[forward.dram_percent > forward.issue_busy_percent]) == ["rung1_all_sums"]
+        assert max(stalls["rung1_all_sums"], key=stalls["rung1_all_sums"].get) == "long_scoreboard"
+        assert [name for name in forward.index if "short_scoreboard" in stalls[name]] == ["rung3_staircase"]
+        assert (rows.code_misses / rows.instructions).idxmax() == "rung6_row_a_lane"
+        assert forward.no_instruction.idxmax() == "rung6_row_a_lane"
+        assert (forward.bank_conflicts / forward.instructions).idxmax() == found.OMNI
+        assert rows.registers.idxmax() == "rung6_row_a_lane"
+        assert forward.issue_busy_percent.idxmax() == found.OMNI
+        a_token = forward.instructions / forward.num_tokens
+        assert a_token.iloc[1:].is_monotonic_decreasing and a_token.iloc[0] < a_token.iloc[1]
+        assert list(stalls[found.OMNI])[:3] == ["not_selected", "math_pipe_throttle", "wait"]

@@ -21,6 +21,7 @@ from . import (
     ladder_pictures,
     layer_report,
     many_gpus_report,
+    profiling_report,
     reports,
     routing,
     routing_pictures,
@@ -147,6 +148,9 @@ PICTURES = {
     ),
     "many_gpus": lambda: reports.drawn(many_gpus_report.draw_targets, "many_gpus"),
     "many_gpus_link": lambda: reports.drawn(many_gpus_report.draw_link, "many_gpus"),
+    "profile_busy": lambda: reports.drawn(profiling_report.draw_busy, "profile"),
+    "profile_instructions": lambda: reports.drawn(profiling_report.draw_instructions, "profile"),
+    "profile_waits": lambda: reports.drawn(profiling_report.draw_waits, "profile"),
     "many_gpus_paper": lambda: traffic_pictures.draw_paper(LAYER, [2**power for power in range(1, 13)]),
 }
 

@@ -24,7 +24,7 @@ LADDER = pathlib.Path(__file__).parents[1] / "ladder"
 # A round of these reads all sums of a token, and ncu runs each kernel many times: fewer tokens tell as much.
 FEW_TOKENS = {"rung1_all_sums": 1024, "rung2_one_kernel": 8192}
 
-STALL = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"  # warps that wait so, on average, when one issues
+STALL = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"  # cycles that a warp waits so, for each it issues
 REASONS = (
     "barrier", "branch_resolving", "dispatch_stall", "drain", "imc_miss", "lg_throttle", "long_scoreboard",
     "math_pipe_throttle", "membar", "mio_throttle", "misc", "no_instruction", "not_selected", "short_scoreboard",
