@@ -28,8 +28,8 @@ from .factored.plan import OVER_ALL
 from .operators import as_matrix, define
 
 MAX_KNOWN = 256  # calls that are looked up
-# Candidates are exchanged where they are that much fewer bytes than logits, since they are found, unpacked and merged. On
-# two H200 131072 tokens with N = 256 and k = 16, a quarter of the bytes, were faster gathered.
+# Candidates are exchanged where they are that much fewer bytes than logits, since they are found, unpacked and merged.
+# On two H200 131072 tokens with N = 256 and k = 16, a quarter of the bytes, were faster gathered.
 WORTH = 4
 _all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor  # before PyTorch 2.12
 
