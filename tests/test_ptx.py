@@ -70,7 +70,6 @@ CASES = [
     case(360, 32, BF16, 16, True, 2, part=40, piled=56, tile_n=120, short_pairs=False),
     case(330, 18, FP16, 4, False, 2, part=22, piled=38, tile_n=110, vector=4),
     case(280, 20, FP16, 16, True, 2, part=8, piled=24, tile_n=56, group=16),
-    case(264, 24, BF16, 16, False, 2, part=8, piled=24, tile_n=88),
     # Straight from global memory, ragged or not.
     case(100, 10, BF16, 8, True, 4, staged=False, segment=52, tile_n=52, chunk=1),
     case(256, 5, BF16, 16, True, 16, staged=False, segment=32, chunk=2),
