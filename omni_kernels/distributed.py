@@ -315,7 +315,7 @@ class _Sending:
 
         bounds = torch.searchsorted(owners, torch.arange(num_ranks + 1, device=device))
         row_bounds = torch.cat((self.rows.new_zeros(1), self.rows + 1))[bounds]
-        most = torch.where(owners < num_ranks, _places(starts) + 1, 0)
+        most = torch.where(owners < num_ranks, _places(starts, self.rows) + 1, 0)
         most = torch.cat((most, most.new_zeros(1))).amax().expand(num_ranks)
         # (num_ranks, 3): rows and pairs for each rank, and how many pairs a row has at most
         self.counts = torch.stack((row_bounds.diff(), bounds.diff(), most), dim=1)
@@ -340,13 +340,13 @@ def _receive(codes, num_rows, most):
     local, order = torch.where(starts, ~codes, codes).sort(stable=True)
     positions = order.scatter(0, order, torch.arange(len(order), device=order.device))
     row_pairs = torch.full((num_rows * most,), -1, device=order.device)
-    row_pairs = row_pairs.scatter(0, rows * most + _places(starts), positions).view(num_rows, most)
+    row_pairs = row_pairs.scatter(0, rows * most + _places(starts, rows), positions).view(num_rows, most)
     return local, order, positions, rows[order], row_pairs
 
 
-def _places(starts):
+def _places(starts, rows):
     """Each pair's place in its row, from 0. (A GPU's cummax of one row has one multiprocessor.)"""
-    numbers, rows = torch.arange(len(starts), device=starts.device), starts.cumsum(0) - 1
+    numbers = torch.arange(len(starts), device=starts.device)
     firsts = numbers.new_zeros(len(starts) + 1).scatter(0, torch.where(starts, rows, len(starts)), numbers)
     return numbers - firsts[rows]
 

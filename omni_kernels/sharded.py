@@ -24,10 +24,10 @@ from . import reference
 from .configs import has_kernels
 from .distributed import ask, backends_of, raise_together, refusal_code
 from .factored import candidates, lists
-from .factored.plan import OVER_ALL
+from .factored.plan import OVER_ALL, Launches
 from .operators import as_matrix, define
 
-MAX_KNOWN = 256  # calls that are looked up
+MAX_SPECS = 256  # that are kept
 # Candidates are exchanged where they are that much fewer bytes than logits, since they are found, unpacked and merged.
 # On two H200 131072 tokens with N = 256 and k = 16, a quarter of the bytes, were faster gathered.
 WORTH = 4
@@ -42,10 +42,11 @@ def route(functions, x, y, scores_dtype, normalize, check, facts, shard_tokens=F
     """
     quickly = not is_compiling() and isinstance(x, DTensor) and isinstance(y, DTensor)
     quickly = quickly and not (torch.is_grad_enabled() and (x.requires_grad or y.requires_grad))
-    known = _tokens_known.get(_asked(x, y, facts)) if quickly and _tokens_known else None
-    if known is not None:
-        parts = functions[0](x._local_tensor, y._local_tensor, known[0], scores_dtype, normalize)
-        return tuple(_wrapped(part, *known[1:]) for part in parts)
+    asked = _asked(x, y, facts) if quickly else None
+    if asked in _known:
+        k, *rest = _known[asked]
+        parts = functions[0](x._local_tensor, y._local_tensor, k, scores_dtype, normalize)
+        return tuple(_wrapped(part, *rest) for part in parts)
     k, settle = _agree(x, y, check, facts)
     omni_router, mesh, last, shape = functions[0], x.device_mesh, x.ndim - 1, torch.Size((*x.shape[:-1], k))
     dims = [dim for dim in range(mesh.ndim) if _shard_factors(x, y, dim)]
@@ -72,15 +73,13 @@ def route(functions, x, y, scores_dtype, normalize, check, facts, shard_tokens=F
         parts = omni_router(*local, k, scores_dtype, normalize)
     wrapped = tuple(_wrapped(part, mesh, results, shape) for part in parts)
     if quickly and x.placements == y.placements == results:
-        if len(_tokens_known) >= MAX_KNOWN:
-            _tokens_known.clear()
-        _tokens_known[_asked(x, y, facts)] = k, mesh, results, shape
+        _known.keep(asked, (k, mesh, results, shape))
     return wrapped
 
 
 # Of calls in eager mode that need no other rank and no gradient, and were checked: k, and what `_wrapped` wants. All
 # else takes PyTorch several times as long as a launch.
-_tokens_known = {}
+_known = Launches()
 
 
 def _asked(x, y, facts):
@@ -131,10 +130,8 @@ def _shard_factors(x, y, dim):
 
 def _pays(x, k, dim, results):
     """Whether to exchange candidates: 2 * ranks * k keys a token, twice as wide as logits, against 2 * N logits, are
-    less than one part in WORTH.
-    (Tokens that a later dimension of the mesh shards too would come out in another order.)"""
-    in_order = not any(placement == results[dim] == Shard(0) for placement in results[dim + 1 :])
-    return 0 < 2 * WORTH * x.device_mesh.size(dim) * k < x.shape[-1] and in_order
+    less than one part in WORTH."""
+    return 0 < 2 * WORTH * x.device_mesh.size(dim) * k < x.shape[-1] and _in_order(dim, results)
 
 
 def _gathers_at_once(x, y, dim, results):
@@ -142,8 +139,13 @@ def _gathers_at_once(x, y, dim, results):
     the mesh changes."""
     others = [place for place in range(x.device_mesh.ndim) if place != dim]
     same = x.placements == y.placements and all(x.placements[place] == results[place] for place in others)
-    in_order = not any(placement == results[dim] == Shard(0) for placement in results[dim + 1 :])
-    return same and in_order and x.shape[-1] % x.device_mesh.size(dim) == 0 and not is_compiling()
+    in_equal_parts = x.shape[-1] % x.device_mesh.size(dim) == 0
+    return same and in_equal_parts and _in_order(dim, results) and not is_compiling()
+
+
+def _in_order(dim, results):
+    """Whether tokens come out in their order. Those that a later dimension of the mesh shards too would not."""
+    return not any(placement == results[dim] == Shard(0) for placement in results[dim + 1 :])
 
 
 def _redistributed(tensor, placements):
@@ -153,10 +155,10 @@ def _redistributed(tensor, placements):
 def _wrapped(tensor, mesh, placements, shape):
     """The DTensor of a shape that has this local part. Without a gradient it is made as PyTorch makes its own, in a
     tenth of the time."""
+    shape = torch.Size(shape)
     if not (is_compiling() or tensor.requires_grad):
-        return DTensor(tensor, _spec(mesh, tuple(placements), torch.Size(shape), tensor.dtype), requires_grad=False)
-    shape, strides = torch.Size(shape), _strides(shape)
-    return DTensor.from_local(tensor, mesh, placements, run_check=False, shape=shape, stride=strides)
+        return DTensor(tensor, _spec(mesh, tuple(placements), shape, tensor.dtype), requires_grad=False)
+    return DTensor.from_local(tensor, mesh, placements, run_check=False, shape=shape, stride=_strides(shape))
 
 
 def _strides(shape):
@@ -166,7 +168,7 @@ def _strides(shape):
     return tuple(reversed(strides))
 
 
-@functools.lru_cache(MAX_KNOWN)
+@functools.lru_cache(MAX_SPECS)
 def _spec(mesh, placements, shape, dtype):
     return DTensorSpec(mesh, placements, TensorMeta(shape, _strides(shape), dtype))
 
@@ -443,14 +445,6 @@ def _route_candidates(functions, x, y, k, scores_dtype, normalize, way, settle):
     x, y = as_matrix(x), as_matrix(y)
     list_columns = _BEST_COLUMNS if is_compiling() else _best_columns  # an operator takes the host as long again
     keys = list_columns(x.detach(), y.detach(), k, way.first)
-    if normalize is None and not is_compiling() and has_kernels(keys):
-        settle()
-        keys = way.bring(keys)
-        scores, places = omni_router(*candidates.matrices(keys, dtype), k, scores_dtype)
-        experts = candidates.experts(keys, places, dtype, way.num_experts)
-        if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-            scores = _Own.apply(x, y, scores, experts, way, sum_up)
-        return _as_tokens(scores, tokens, way), _as_tokens(experts, tokens, way)
     sums, over_all = None, normalize in OVER_ALL
     if normalize is not None:
         x, y = x.float(), y.float()  # so that gradients are rounded once
@@ -460,11 +454,14 @@ def _route_candidates(functions, x, y, k, scores_dtype, normalize, way, settle):
     sums, keys = _Exchange.apply(sums, keys, way)
 
     with torch.no_grad():
-        lists = [part.transpose(0, 1).flatten(1) for part in keys.split(k, 2)]
-        (all_x, rows), (all_y, columns) = (reference.unpack_keys(part, dtype) for part in lists)
-        kept_x, kept_y = all_x.to(dtype), all_y.to(dtype)
-        scores, places = omni_router(kept_x, kept_y, k, scores_dtype)
-        experts = _experts(all_x, all_y, rows, columns, places, way.num_experts)
+        if normalize is None and not is_compiling() and has_kernels(keys):
+            scores, places = omni_router(*candidates.matrices(keys, dtype), k, scores_dtype)
+            experts = candidates.experts(keys, places, dtype, way.num_experts)
+        else:
+            lists = [part.transpose(0, 1).flatten(1) for part in keys.split(k, 2)]
+            (all_x, rows), (all_y, columns) = (reference.unpack_keys(part, dtype) for part in lists)
+            scores, places = omni_router(all_x.to(dtype), all_y.to(dtype), k, scores_dtype)
+            experts = _experts(all_x, all_y, rows, columns, places, way.num_experts)
         if normalize is not None:
             best = reference.best_logits(all_x, all_y)
             scores = pairs(all_x, all_y, places, *reference.origins(*best))

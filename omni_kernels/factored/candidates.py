@@ -11,6 +11,7 @@ import triton.language as tl
 from ..configs import OPTIONS, device_of, output_dtype
 from .keys import unpack
 from .plan import ELEMENTS
+from .tile import store_behind
 
 BLOCK = 1024  # candidates of a program
 SLOTS = 512  # and experts
@@ -65,9 +66,7 @@ def experts_kernel(
             ordinary = ordinary & (x_here < float("inf")) & (y_here < float("inf"))
         filled = mask & ordinary[:, None] & (first_row[:, None] + first_columns == float("-inf"))
         num_finite = tl.where(ordinary, K - tl.sum(is_masked.to(tl.int32), 1), K)
-        slot = num_finite[:, None] + tl.cumsum(filled.to(tl.int32), 1) - 1
-        lowest = tl.broadcast_to(slots, (TILE_M, TILE_K))
-        tl.store(experts_ptr + tokens[:, None] * K + slot, lowest, mask=filled & (slot < K))
+        store_behind(experts_ptr, tokens, tl.arange(0, TILE_K), num_finite, filled, K)
     tl.store(experts_ptr + outputs, row * num_expert_sqrt + column, mask=mask & (slots < num_finite[:, None]))
 
 

@@ -138,6 +138,14 @@ def _staircase(PLAN):
 
 
 @triton.jit
+def store_behind(indices_ptr, tokens, slots, num_finite, masked, K):
+    """Store the experts of 0 to K - 1 that are `masked`, [tokens, slots], in the slots behind the first num_finite."""
+    slot = num_finite[:, None] + tl.cumsum(masked.to(tl.int32), 1) - 1
+    experts = tl.broadcast_to(slots[None, :], masked.shape)
+    tl.store(indices_ptr + tokens[:, None] * K + slot, experts, mask=masked & (slot < K))
+
+
+@triton.jit
 def _first(values, slots):
     """The value in a row's first slot."""
     return tl.sum(tl.where((slots == 0)[None, :], values, 0.0), 1)
@@ -215,9 +223,7 @@ def tile_kernel(
         x = tl.load(x_rows + row * stride_xn, mask=mask, other=0.0).to(tl.float32)
         y = tl.load(y_rows + column * stride_yn, mask=mask, other=0.0).to(tl.float32)
         masked = mask & (x + y == float("-inf"))
-        slot = num_finite[:, None] + tl.cumsum(masked.to(tl.int32), 1) - 1
-        experts = tl.broadcast_to(slots[None, :], (PLAN.tokens, TILE_K))
-        tl.store(indices_ptr + tokens[:, None] * PLAN.k + slot, experts, mask=masked & (slot < PLAN.k))
+        store_behind(indices_ptr, tokens, slots, num_finite, masked, PLAN.k)
 
 
 def plan_for(x, _, k, scores_dtype, normalize=None):
