@@ -11,27 +11,8 @@ from omni_kernels.reference import backward_router
 
 from . import byte_model, tables
 from .rivals import Case
+from .routing import routed
 from .training import ATOMICS, OURS, REPEATED, SCATTER, record_sample, record_training, sequential_sums
-
-
-def routed(forward, backward):
-    """A router with the scores and experts of `forward`, and with `backward` for its gradient."""
-
-    class Route(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, y, k):
-            scores, indices = forward(x, y, k)
-            ctx.save_for_backward(indices)
-            ctx.num_expert_sqrt = x.shape[1]
-            ctx.mark_non_differentiable(indices)
-            return scores, indices
-
-        @staticmethod
-        def backward(ctx, grad_scores, _):
-            return *backward(grad_scores, ctx.saved_tensors[0], ctx.num_expert_sqrt), None
-
-    return Route.apply
-
 
 OMNI, DENSE = "omni_router", "dense layer"
 ROUTERS = {

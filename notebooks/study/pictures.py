@@ -53,6 +53,13 @@ def finish(figure):
     return figure
 
 
+def finish_labeled(figure):
+    """`finish`, and the lines' labels beside them instead of a legend."""
+    for axes in finish(figure).axes:
+        label_lines(axes)
+    return figure
+
+
 def fixed(rows):
     """What is the same in all rows of a table, for a title: GPU, tokens, N, k, dtype."""
     forms = {"gpu": "{}", "num_tokens": "{:,} tokens", "num_expert_sqrt": "N = {}", "k": "k = {}", "dtype": "{}"}

@@ -6,7 +6,6 @@ bytes are those of all together.
 
 import csv
 import functools
-import importlib
 import io
 import pathlib
 import re
@@ -18,7 +17,7 @@ import torch
 from omni_kernels import omni_router
 
 from . import speed, tables
-from .rivals import OMNI, RIVALS
+from .rivals import OMNI, RIVALS, rung_to_read
 
 LADDER = pathlib.Path(__file__).parents[1] / "ladder"
 # A round of these reads all sums of a token, and ncu runs each kernel many times: fewer tokens tell as much.
@@ -113,8 +112,7 @@ def call_of(name, num_tokens):
     if name in RIVALS:
         return functools.partial(RIVALS[name].route, x, y, case.k)
     _, experts = omni_router(x, y, case.k)
-    gradient = importlib.import_module(f"ladder.{name}").gradient
-    return functools.partial(gradient, x[:, : case.k].contiguous(), experts, case.num_expert_sqrt)
+    return functools.partial(rung_to_read(name, "gradient"), x[:, : case.k].contiguous(), experts, case.num_expert_sqrt)
 
 
 def names():

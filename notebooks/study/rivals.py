@@ -83,13 +83,13 @@ def lanes_rung(**changes):
     return route
 
 
-def rung_to_read(name):
-    """A file of notebooks/ladder."""
+def rung_to_read(name, function="route"):
+    """The function of a file of notebooks/ladder, imported when it is called."""
 
-    def route(x, y, k):
-        return importlib.import_module(f"ladder.{name}").route(x, y, k)
+    def call(*args):
+        return getattr(importlib.import_module(f"ladder.{name}"), function)(*args)
 
-    return route
+    return call
 
 
 ALL_SUMS, FACTORED, COMPILED = "PyTorch, all N² sums", "PyTorch, factored", "PyTorch, factored, compiled"

@@ -51,22 +51,29 @@ class NeverZeroed:
         return self.buffers
 
 
-def train_next_byte(backward, num_steps=150, num_expert_sqrt=16, k=8, batch=256, width=32):
-    """Trains a small mixture of experts to predict the next byte; `backward` is what turns the gradient of the scores
-    into the gradients of the two logit vectors. Returns the loss of every step."""
+def routed(forward, backward):
+    """A router with the scores and experts of `forward`, and with `backward` for its gradient."""
 
     class Route(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x, y):
-            scores, indices = factored_router(x, y, k)
+        def forward(ctx, x, y, k):
+            scores, indices = forward(x, y, k)
             ctx.save_for_backward(indices)
+            ctx.num_expert_sqrt = x.shape[1]
             ctx.mark_non_differentiable(indices)
             return scores, indices
 
         @staticmethod
         def backward(ctx, grad_scores, _):
-            return backward(grad_scores, ctx.saved_tensors[0], num_expert_sqrt)
+            return *backward(grad_scores, ctx.saved_tensors[0], ctx.num_expert_sqrt), None
 
+    return Route.apply
+
+
+def train_next_byte(backward, num_steps=150, num_expert_sqrt=16, k=8, batch=256, width=32):
+    """Trains a small mixture of experts to predict the next byte; `backward` is what turns the gradient of the scores
+    into the gradients of the two logit vectors. Returns the loss of every step."""
+    route = routed(factored_router, backward)
     torch.manual_seed(0)
     embedding, experts = torch.randn(256, width), torch.randn(num_expert_sqrt**2, width)
     gates, head = torch.randn(2, width, num_expert_sqrt) / width**0.5, torch.randn(width, 256) / width**0.5
@@ -74,7 +81,7 @@ def train_next_byte(backward, num_steps=150, num_expert_sqrt=16, k=8, batch=256,
     optimizer = torch.optim.Adam(weights, lr=0.01)
     losses = []
     for tokens in text_bytes(num_steps * batch).split(batch):
-        scores, indices = Route.apply(*(embedding[tokens[:-1]] @ gates).log_softmax(-1))
+        scores, indices = route(*(embedding[tokens[:-1]] @ gates).log_softmax(-1), k)
         hidden = (scores.softmax(-1)[..., None] * experts[indices.long()]).sum(1)
         loss = torch.nn.functional.cross_entropy(hidden @ head, tokens[1:])
         optimizer.zero_grad()

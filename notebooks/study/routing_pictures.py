@@ -9,6 +9,7 @@ from matplotlib.ticker import MaxNLocator
 from omni_kernels import brute_force_router
 
 from .pictures import BLUE, ORANGE, RED, SCORES
+from .rivals import DTYPES
 
 WINNER = {"fill": False, "edgecolor": ORANGE, "linewidth": 2.2}
 
@@ -97,7 +98,7 @@ def draw_losses(losses):
 
 
 def _dtype(tensor):
-    return {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}[str(tensor.dtype)]
+    return next(name for name, dtype in DTYPES.items() if dtype == tensor.dtype)
 
 
 def _grid_with_margins():

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, NullLocator
 
-from .pictures import BLUE, GREEN, ORANGE, RED, finish, fixed, label_lines, panel_for_each_gpu
+from .pictures import BLUE, GREEN, ORANGE, RED, finish, finish_labeled, fixed, panel_for_each_gpu
 from .reports import NO_RESULTS, groups, latest, markdown, microseconds, share
 from .rivals import ALL_SUMS, CASE, COMPILED, FACTORED, FRONTIER, OMNI, OPTIMIZED, ORIGINAL, QUACK, RIVALS, Case
 from .speed import MAIN, TIMED, examined, num_bytes
@@ -216,7 +216,7 @@ def _draw_against(rows, column, label):
         axes.plot(sizes, floors, color="black", linestyle="--", linewidth=1.2, label="floor")
         axes.set(xlabel=label, ylabel="µs", title=fixed(group))
         axes.margins(x=0.03, y=0.09)
-    return _labeled(finish(figure))
+    return finish_labeled(figure)
 
 
 def draw_memory(rows):
@@ -228,7 +228,7 @@ def draw_memory(rows):
         axes.axhline(least, color="black", linestyle="--", linewidth=1.2, label="results alone")
         axes.set(xlabel="N", ylabel="MiB at the peak, without logits", title=fixed(group))
         axes.margins(y=0.12)
-    return _labeled(finish(figure))
+    return finish_labeled(figure)
 
 
 def _draw_lines(axes, rows, column, value):
@@ -239,12 +239,6 @@ def _draw_lines(axes, rows, column, value):
         axes.plot(group[column], group[value], color=color, marker=marker, linestyle=line, markersize=6, label=name)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-
-
-def _labeled(figure):
-    for axes in figure.axes:
-        label_lines(axes)
-    return figure
 
 
 def draw_roofline(rows):
@@ -269,7 +263,7 @@ def draw_roofline(rows):
         axes.set(xscale="log", yscale="log", title=fixed(group),
                  xlabel="logits and sums looked at, for each byte moved", ylabel="GB/s of logits and results",
                  xlim=(left, right), ylim=(bottom, top))  # fmt: skip
-    return _labeled(finish(figure))
+    return finish_labeled(figure)
 
 
 def draw_guide(rows):

@@ -101,10 +101,7 @@ def draw_break_even(num_expert_sqrt, k, ranks, ks):
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
-    pictures.finish(figure)
-    for axes in (left, right):
-        pictures.label_lines(axes)
-    return figure
+    return pictures.finish_labeled(figure)
 
 
 def draw_paper(layer, ranks):
@@ -122,5 +119,4 @@ def draw_paper(layer, ranks):
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set(xlabel="ranks", ylabel="KiB that a token receives", title=_fixed(layer))
-    pictures.label_lines(pictures.finish(figure).axes[0])
-    return figure
+    return pictures.finish_labeled(figure)

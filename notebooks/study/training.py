@@ -3,7 +3,6 @@
 Times, the floor's bandwidth and the way tables are written are notebook 03's (speed.py).
 """
 
-import importlib
 import os
 
 import numpy as np
@@ -17,7 +16,7 @@ from omni_kernels.reference import backward_router
 from . import tables
 from .binaries import binary_of
 from .faults import attempt
-from .rivals import DTYPES, Case
+from .rivals import DTYPES, Case, rung_to_read
 from .speed import limits, times_us
 
 
@@ -62,16 +61,7 @@ def _measure_missing(table, measure, probe, columns):
 # --- the backward kernels ---
 
 
-def rung_to_read(name):
-    """A file of notebooks/ladder, as a backward."""
-
-    def gradient(grad, indices, num_expert_sqrt):
-        return importlib.import_module(f"ladder.{name}").gradient(grad, indices, num_expert_sqrt)
-
-    return gradient
-
-
-TO_READ = {name: rung_to_read(name) for name in ("backward1_atomics", "backward2_compare_and_store")}
+TO_READ = {name: rung_to_read(name, "gradient") for name in ("backward1_atomics", "backward2_compare_and_store")}
 
 
 def backward_problem(case, device, seed=0):
