@@ -82,7 +82,8 @@ def _ptx(kind, count, first, k, key, added):
     64-bit keys are exchanged by halves. Doubles are compared by a unit of their own, while integers would wait for the
     one that moves the halves. Minima and maxima wait for each other, too: if added, with one more operand, int32 ones
     that the compiler does not know for ones, the smaller of two keys is what the larger leaves of their sum, modulo
-    2**32: two multiply-adds, which have a unit of their own.
+    2**32: two multiply-adds, which have a unit of their own. One in seven stays a minimum, or that unit would be the
+    one to wait for.
     """
     comparators, outputs = _network(kind, count, first, k)
     keys, one = [f"${k + wire}" for wire in range(count)], f"${k + count}"
@@ -105,7 +106,7 @@ def _ptx(kind, count, first, k, key, added):
             selp.b32 high, a_high, b_high, less;
             mov.b64 {smaller}, {{low, high}};
             }}""")
-        elif added:
+        elif added and len(lines) % 7 < 6:
             lines.append(f"""{{
             .reg .b32 sum;
             max.s32 {larger}, {a}, {b};

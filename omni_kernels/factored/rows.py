@@ -263,14 +263,15 @@ def best_in_loops(row, buffer, num_tokens, PLAN, one):
     none = row & 0
     chunks = lowest_keys(none, CHUNKS + 1 if PLAN.short_keys else CHUNKS, PLAN)
     largest, total = tl.full(none.shape, float("-inf"), tl.float32), none * 0.0
+    adding = None if PLAN.sums_in_parts else one  # beside powers it is the slots to issue that are few
     for group in tl.range(PLAN.parts):
         wait_for_rows(none + group, PLAN.parts)
         first = hide(none + group * PLAN.group)
         if PLAN.transposed:
             turn_columns(buffer, first * PLAN.chunk, PLAN.group * PLAN.chunk, PLAN)
         maxima = _keys_of_maxima(row + first * (PLAN.chunk * PLAN.itemsize), first, PLAN.group, PLAN)
-        more = sort(maxima, len(chunks), PLAN, one)
-        chunks = merge(chunks + more, len(chunks), len(chunks), PLAN, one)
+        more = sort(maxima, len(chunks), PLAN, adding)
+        chunks = merge(chunks + more, len(chunks), len(chunks), PLAN, adding)
         if PLAN.sums_in_parts:  # while the next part is on its way
             PART: tl.constexpr = PLAN.group * PLAN.chunk * PLAN.itemsize
             before, largest = largest, unpack(chunks[0], PLAN.chunk_key, PLAN)[0]
