@@ -60,11 +60,11 @@ def test_no_table_says_what_was_printed():
 
 
 def test_ncu_is_asked_for_every_column():
-    command = profiling.command("rung3_staircase", 512)
+    command = profiling.command("rung3_staircase", num_tokens=512)
     asked = command[command.index("--metrics") + 1].split(",")
     assert {*profiling.SUMS.values(), *profiling.AVERAGES.values(), profiling.REGISTERS} == set(asked)
     assert set(METRICS) <= set(asked)
-    assert command[-1].endswith("profiling.call_twice('rung3_staircase', 512)")
+    assert command[-1].endswith("profiling.call_twice('rung3_staircase', **{'num_tokens': 512})")
 
 
 # Notebook 07's report -------------------------------------------------------------------------------------------------
@@ -157,6 +157,15 @@ def test_pictures_show_what_was_counted(report):
     assert [label.get_text() for label in axes.get_yticklabels()] == ["rung3_staircase\n1,000 tokens"]
     assert [text.get_text() for text in axes.texts] == ["not\nselected", "other", "10"]
     found.pictures.plt.close("all")
+
+
+def test_a_corner_is_told(report):
+    found, rows = report
+    waits = "10.0 | not_selected 4.00, sleeping 2.00, wait 1.00, no_instruction 0.50"
+    assert found.corners_table(rows).splitlines()[2:] == [
+        f"| 1,000 | 256 | 16 | bf16 | 50 | 80% | 20% | 3,000 | 8.0 | {waits} |",
+        "| 1,000 | 256 | 16 | bf16 | 25 | 80% | – | 3,000 | – | – | – |",
+    ]
 
 
 def test_arithmetic_is_that_of_the_rungs():

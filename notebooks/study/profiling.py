@@ -1,6 +1,7 @@
-"""What Nsight Compute says of each rung of the ladder: where its cycles go, and what it moves.
+"""What Nsight Compute says of each rung of the ladder, and of the shipped router where memory is not its limit: where
+cycles go, and what moves.
 
-It runs once for each rung, on a GPU whose counters a user may read. Of a rung that launches several kernels, times and
+It runs once for each, on a GPU whose counters a user may read. Of a rung that launches several kernels, times and
 bytes are those of all together.
 """
 
@@ -22,6 +23,13 @@ from .rivals import OMNI, RIVALS, rung_to_read
 LADDER = pathlib.Path(__file__).parents[1] / "ladder"
 # A round of these reads all sums of a token, and ncu runs each kernel many times: fewer tokens tell as much.
 FEW_TOKENS = {"rung1_all_sums": 1024, "rung2_one_kernel": 8192}
+
+# The shipped router's sizes that are far from the speed of memory: long rows and many experts, short rows, few tokens.
+CORNERS = [
+    *({"k": k} for k in (32, 64, 128)), *({"num_expert_sqrt": n, "k": 32} for n in (360, 1000)),
+    {"num_expert_sqrt": 64}, {"num_expert_sqrt": 128}, {"num_expert_sqrt": 100, "k": 10}, {"dtype": "fp32"},
+    *({"num_tokens": t} for t in (1, 1024, 4096)),
+]  # fmt: skip
 
 STALL = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"  # cycles that a warp waits so, for each it issues
 REASONS = (
@@ -52,11 +60,12 @@ UNITS = {"n": 1e-3, "ns": 1e-3, "nsecond": 1e-3, "us": 1, "usecond": 1, "ms": 1e
          "second": 1e6, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}  # fmt: skip  # to µs and to bytes
 
 
-def command(name, num_tokens):
-    """The command line that profiles one call of a rung, after a first one that compiles it."""
+def command(name, **sizes):
+    """The command line that profiles one call of a rung, after a first one that compiles it. sizes: those that are not
+    the ladder's, by their names."""
     metrics = [*SUMS.values(), *AVERAGES.values(), REGISTERS]
     ncu = ["ncu", "--csv", "--page", "raw", "--print-units", "base", "--profile-from-start", "off", "--metrics"]
-    call = f"from study import profiling; profiling.call_twice({name!r}, {num_tokens})"
+    call = f"from study import profiling; profiling.call_twice({name!r}, **{sizes})"
     return [*ncu, ",".join(metrics), sys.executable, "-c", call]
 
 
@@ -105,9 +114,9 @@ def _total(values):
     return None if None in values else sum(values)
 
 
-def call_of(name, num_tokens):
+def call_of(name, **sizes):
     """A call of a rung, or of the shipped router, on random logits."""
-    case = speed.MAIN._replace(num_tokens=num_tokens)
+    case = speed.MAIN._replace(**sizes)
     x, y = speed.logits(case)
     if name in RIVALS:
         return functools.partial(RIVALS[name].route, x, y, case.k)
@@ -120,9 +129,9 @@ def names():
     return [*sorted(path.stem for path in LADDER.glob("*.py")), OMNI]
 
 
-def call_twice(name, num_tokens):
+def call_twice(name, **sizes):
     """Call a rung, and once more for ncu to look on."""
-    call = call_of(name, num_tokens)
+    call = call_of(name, **sizes)
     call()
     torch.cuda.synchronize()
     torch.cuda.profiler.start()
@@ -132,22 +141,24 @@ def call_twice(name, num_tokens):
 
 
 def measure():
-    """Profile every rung and the shipped router, and record a row of each.
+    """Profile every rung and the shipped router, and that in its corners, and record a row of each.
 
     Returns:
-        What was done, in words: with what ncu said of rungs that it could not profile.
+        What was done, in words: with what ncu said of those that it could not profile.
     """
     if not torch.cuda.is_available():
         return "not measured: no GPU here"
-    refused = []
-    with tables.recording("profile") as record:
-        for name in names():
-            case = speed.MAIN._replace(num_tokens=FEW_TOKENS.get(name, speed.MAIN.num_tokens))
-            run = subprocess.run(
-                command(name, case.num_tokens), cwd=LADDER.parent, capture_output=True, encoding="utf-8", check=False
-            )
-            try:
-                record({"rival": name, **case._asdict(), **row_of(kernels(run.stdout))})
-            except ValueError as error:
-                refused.append(f"{name}: {error} {run.stderr[-500:]}")
-    return "\n".join([f"{len(names()) - len(refused)} rungs profiled", *refused])
+    rungs = [(name, {"num_tokens": FEW_TOKENS.get(name, speed.MAIN.num_tokens)}) for name in names()]
+    done, refused = 0, []
+    for table, calls in {"profile": rungs, "profile_corners": [(OMNI, sizes) for sizes in CORNERS]}.items():
+        with tables.recording(table) as record:
+            for name, sizes in calls:
+                run = subprocess.run(
+                    command(name, **sizes), cwd=LADDER.parent, capture_output=True, encoding="utf-8", check=False
+                )
+                try:
+                    record({"rival": name, **speed.MAIN._replace(**sizes)._asdict(), **row_of(kernels(run.stdout))})
+                    done += 1
+                except ValueError as error:
+                    refused.append(f"{name}, {sizes}: {error} {run.stderr[-500:]}")
+    return "\n".join([f"{done} calls profiled", *refused])

@@ -64,6 +64,13 @@ def public_kernels(x, y, k):
     return triton_omni_router_func(x, y, x.shape[1], k)
 
 
+def later_public_kernels(x, y, k):
+    """The same at github.com/HKUSTDial/omni-moe, of May 2026: its omni_moe/ops/triton, as a package of this name."""
+    from omni_moe_9fc2506.omni_router import triton_omni_router_func
+
+    return triton_omni_router_func(x, y, x.shape[1], k)
+
+
 def tile_rung(**changes):
     """The kernel that gives a token to a warp (tile.py), with some of its ideas turned off."""
 
@@ -94,7 +101,7 @@ def rung_to_read(name, function="route"):
 
 ALL_SUMS, FACTORED, COMPILED = "PyTorch, all N² sums", "PyTorch, factored", "PyTorch, factored, compiled"
 QUACK, ORIGINAL, OPTIMIZED, OMNI = "QuACK top-k, compiled", "original kernels", "optimized kernels", "omni_router"
-FRONTIER, PUBLIC = "frontier kernel", "omni-moe kernels"
+FRONTIER, PUBLIC, LATER_PUBLIC = "frontier kernel", "omni-moe kernels", "omni-moe kernels, 9fc2506"
 
 # What the later rungs change, the last one first.
 KEPT = {"priority": "evict_normal"}
@@ -120,6 +127,11 @@ RIVALS = {
         lambda x, y, k: triton_omni_router_func_optimized(x, y, x.shape[1], k),
         "all N² sums",
         "Coordinates once, loads coalesced, a tile costs a round only where it beats the running best.",
+    ),
+    LATER_PUBLIC: Rival(
+        later_public_kernels,
+        "compositions",
+        "`topk` of each factor by PyTorch; then k rounds over the k² sums of what is left, a token after the other.",
     ),
     FACTORED: Rival(
         lambda x, y, k: product_keys(x, y, k, torch.topk),
