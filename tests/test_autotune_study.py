@@ -280,15 +280,15 @@ def test_the_analysis(gpu):
     gains = autotune_report.gains(rows)
     assert len(gains) == sum(problem.kernel in configurations.N2_KERNELS for problem in configurations.PROBLEMS)
     assert (gains["general gain %"] >= 0).all()  # the original lists are a part of the general ones
-    assert (gains["pruned"] >= gains["general"]).all()
+    assert (gains["pruned µs"] >= gains["general µs"]).all()
     choices = autotune_report.choices(rows)
     assert (choices["time / best"] >= 1).all()
-    assert (choices["best µs"] <= gains[["general", "architecture"]].min(axis=1)).all()  # few warps may be better
-    assert autotune_report.tries_table(rows).loc["forward, 1024 tokens, N = 64", "original"].endswith(" of 4")
+    assert (choices["best µs"] <= gains[["general µs", "architecture µs"]].min(axis=1)).all()  # few warps may be better
+    assert autotune_report.tries_table(rows).loc["forward, 1024 tokens, N = 64", "original, tries"].endswith(" of 4")
     rules = autotune_report.rules(rows)
     assert len(rules) == len(configurations.PROBLEMS) - len(gains)
     assert (rules["time / best"].dropna() >= 1).all()
-    assert ("-" in set(rules["chosen"])) == autotune.configs.interpreting()  # there tiles are larger than any list has
+    assert ("–" in set(rules["chosen"])) == autotune.configs.interpreting()  # there tiles are larger than any list has
     assert len(set(rules["chosen"])) > 1
     for problem in autotune_report.problems_of(rows):
         times = autotune_report.times_of(rows, problem)
@@ -306,6 +306,10 @@ def test_the_analysis(gpu):
     rule = autotune_report.prediction_rule(rows)
     assert (rule["kept"] <= rule["binaries"]).all()
     assert (rule["best kept / best"] >= 1).all()
+    kernels = autotune_report.rule_by_kernel(rows)
+    assert kernels["problems"].sum() == len(rule)
+    assert kernels["kept"].sum() == rule["kept"].sum()
+    assert kernels["best kept / best, at worst"].max() == rule["best kept / best"].max()
 
 
 @pytest.mark.parametrize("kernel", ["lanes", "fwd"])
@@ -313,20 +317,18 @@ def test_what_is_not_on_record_is_not_drawn(gpu, kernel, capsys):
     problems = [next(problem for problem in configurations.PROBLEMS if problem.kernel == kernel)]
     autotune.run_study(problems=problems)
     rows = autotune_report.of_gpu(autotune_report.recorded_rows("autotune"))
-    others = {"lanes": ["gains", "choices", "draw_gains", "draw_distribution"], "fwd": ["rules", "draw_transfer"]}[
-        kernel
-    ]
+    made = {"lanes": ["gains", "choices"], "fwd": ["rules"]}[kernel]
+    drawn = {"lanes": ["draw_gains", "draw_distribution"], "fwd": ["draw_transfer"]}[kernel]
+    for table in made:
+        assert autotune_pictures.told(getattr(autotune_report, table), rows) == autotune_pictures.NOTHING
     capsys.readouterr()
-    for made in others:
-        drawn = made.startswith("draw")
-        make = getattr(autotune_pictures if drawn else autotune_report, made)
-        autotune_pictures.show(make, rows, name=made if drawn else None)
+    for name in drawn:
+        autotune_pictures.show(getattr(autotune_pictures, name), rows, name=name)
     autotune_pictures.show(autotune_pictures.draw_heat_map, rows, PROBLEMS[1], name="heat")
     autotune_pictures.show(autotune_pictures.draw_regret, rows, [PROBLEMS[1]], name="regret")
-    assert capsys.readouterr().out == "Nothing of this kind is on record yet.\n" * (len(others) + 2)
-    autotune_pictures.show(autotune_report.tries_table, rows)
-    autotune_pictures.show(autotune_report.prediction_rule, rows)
-    assert capsys.readouterr().out.count("tokens, N =") == 2
+    assert capsys.readouterr().out == f"{autotune_pictures.NOTHING}\n" * (len(drawn) + 2)
+    for table in (autotune_report.tries_table, autotune_report.prediction_rule):
+        assert autotune_pictures.told(table, rows).count("tokens, N =") == 1
 
 
 def test_the_pasted_lists_hold_a_good_configuration_for_every_problem(gpu, monkeypatch):
@@ -347,6 +349,8 @@ def test_the_measured_lists_hold_a_good_configuration_for_every_recorded_problem
     assert list(held.index) == [configurations.title(problem) for problem in configurations.PROBLEMS]
     assert (held["configurations"] < held["of"]).all()
     assert held["time / best"].between(1, 1.02).all()
+    kernels = autotune_report.measured_by_kernel(autotune_report.of_gpu(autotune_report.recorded_rows("autotune")))
+    assert list(kernels.index) == list(configurations.NAMES.values())
 
 
 def test_an_architecture_without_measured_lists(gpu):
@@ -366,10 +370,10 @@ def test_the_pictures(gpu, tmp_path, capsys):
     pictures.save_figure(autotune_pictures.draw_correlations(rows), "correlations")
     pictures.save_figure(autotune_pictures.draw_transfer(rows), "transfer")
     autotune_pictures.show(autotune_pictures.draw_gains, rows, name="gains")
-    autotune_pictures.show(autotune_report.gains, rows)
-    assert "general gain %" in capsys.readouterr().out
+    assert "general gain %" in autotune_pictures.told(autotune_report.gains, rows)
+    capsys.readouterr()
     autotune_pictures.show(autotune_pictures.draw_gains, rows[:0], name="nothing")
-    assert capsys.readouterr().out == "Nothing of this kind is on record yet.\n"
+    assert capsys.readouterr().out == f"{autotune_pictures.NOTHING}\n"
     gpu["setting"]["gpu"], gpu["factor"] = "another", 2.0
     autotune.run_study(problems=PROBLEMS)
     autotune_pictures.draw_here()

@@ -62,6 +62,16 @@ def row(case, rival, us, **more):
     return {**known, **limits, **more}
 
 
+def test_a_frame_as_a_table():
+    frame = pd.DataFrame({"kernel": ["a", "b"], "µs": [1258.46, 0.93457], "gain %": [-98.57, float("nan")]})
+    assert reports.of_frame(frame.set_index("kernel")).splitlines() == [
+        "| kernel | µs | gain % |",
+        "| --- | ---: | ---: |",
+        "| a | 1,258 | -98.6 |",
+        "| b | 0.935 | – |",
+    ]
+
+
 def test_readme_holds_the_recorded_results(recorded_tables):
     text = readme.README.read_text(encoding="utf-8")
     assert readme.with_results(text) == text, "run notebooks/study --readme"

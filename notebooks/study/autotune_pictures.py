@@ -1,4 +1,4 @@
-"""Notebook 02's pictures of what the autotune study has measured."""
+"""Notebook 02's pictures and tables of what the autotune study has measured."""
 
 import math
 
@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 
-from . import pictures, tables
+from . import pictures, reports, tables
 from .autotune_report import (
     RECORDED_GPU,
     correlations,
@@ -22,6 +22,8 @@ from .autotune_report import (
 )
 from .configurations import KEY, N2_KERNELS, NAMES, Problem, tile_sizes, title
 from .pictures import BLUE, GREEN, ORANGE, RED, SCORES
+
+NOTHING = "Nothing of this kind is on record yet."
 
 
 def _fixed(rows, problems):
@@ -99,10 +101,10 @@ def draw_gains(rows):
     left.axvline(0, color="0.4", linewidth=1.2)
     left.plot(table["general gain %"], places, "o", color=BLUE, markersize=7)
     right.axvline(1, color="0.4", linewidth=1.2)
-    right.plot(table["original"] / table["architecture"], places, "D", color=GREEN, markersize=6)
+    right.plot(table["original µs"] / table["architecture µs"], places, "D", color=GREEN, markersize=6)
     for axes, values, form in (
         (left, table["general gain %"], "{:.1f}%"),
-        (right, table["original"] / table["architecture"], "{:.2g}×"),
+        (right, table["original µs"] / table["architecture µs"], "{:.2g}×"),
     ):
         for place, value in enumerate(values):
             if math.isfinite(value):
@@ -216,15 +218,16 @@ def draw_two_gpus(here, there):
     return figure
 
 
-def show(make, rows, *args, name=None):
-    """Shows what `make` makes of recorded rows, a table, or a picture that is kept under a name, if there is any."""
-    made = make(rows, *args) if len(rows) else None
-    if made is None or (not name and made.empty):
-        print("Nothing of this kind is on record yet.")
-    elif name:
-        pictures.save_figure(made, name)
-    else:
-        print(made.to_string(float_format="{:.3g}".format, na_rep="-"))
+def told(make, rows, *args):
+    """What `make` makes of recorded rows, a table, as Markdown; columns of nothing are left out."""
+    table = make(rows, *args) if len(rows) else rows
+    return NOTHING if table.empty else reports.of_frame(table.dropna(axis=1, how="all"))
+
+
+def show(draw, rows, *args, name):
+    """Shows what `draw` draws of recorded rows, a picture that is kept under a name, if there is any."""
+    figure = draw(rows, *args) if len(rows) else None
+    pictures.save_figure(figure, name) if figure else print(NOTHING)
 
 
 def draw_here():

@@ -113,13 +113,13 @@ def gains(rows):
     and the architecture's list are than the original one, and the latter than the general one."""
     found = []
     gained = ["general gain %", "architecture gain %", "architecture over general %"]
-    names = ["problem", "original", "general", "architecture", "pruned", *gained]
+    names = ["problem", "original µs", "general µs", "architecture µs", "pruned µs", *gained]
     for problem in problems_of(rows, N2_KERNELS):
-        best = {name: min(times.values(), default=math.nan) for name, times in lists_of(rows, problem).items()}
-        row = {"problem": title(problem), "architecture": math.nan, **best}
-        row["general gain %"] = 100 * (row["original"] / row["general"] - 1)
-        row["architecture gain %"] = 100 * (row["original"] / row["architecture"] - 1)
-        row["architecture over general %"] = 100 * (row["general"] / row["architecture"] - 1)
+        best = {f"{name} µs": min(times.values(), default=math.nan) for name, times in lists_of(rows, problem).items()}
+        row = {"problem": title(problem), "architecture µs": math.nan, **best}
+        row["general gain %"] = 100 * (row["original µs"] / row["general µs"] - 1)
+        row["architecture gain %"] = 100 * (row["original µs"] / row["architecture µs"] - 1)
+        row["architecture over general %"] = 100 * (row["general µs"] / row["architecture µs"] - 1)
         found.append(row)
     return pd.DataFrame(found, columns=names).set_index("problem").replace(math.inf, math.nan)
 
@@ -150,7 +150,7 @@ def rules(rows):
         times = times_of(rows, problem)
         best = min(times, key=times.get)
         ours = rows[(rows["problem"] == problem) & rows["chosen"].eq(True)]
-        row = {"problem": title(problem), "best": short(best), "chosen": "-", "time / best": math.nan}
+        row = {"problem": title(problem), "best": short(best), "chosen": "–", "time / best": math.nan}
         if len(ours):
             row |= {"chosen": short(ours["config"].iloc[0]), "time / best": ours["time_us"].iloc[0] / times[best]}
         found.append(row)
@@ -168,6 +168,24 @@ def measured_list(rows):
         found.append({"problem": title(problem), "configurations": listed.sum(), "of": len(group),
                       "time / best": best / group["time_us"].min()})  # fmt: skip
     return pd.DataFrame(found, columns=["problem", "configurations", "of", "time / best"]).set_index("problem")
+
+
+def _by_kernel(table, how):
+    """A table of problems as one of kernels: how many problems a kernel has, and what they have together, by column."""
+    groups = table.groupby(table.index.str.rsplit(", ", n=2).str[0].rename("kernel"), sort=False)
+    return pd.concat([groups.size().rename("problems"), groups.agg(how)], axis=1)
+
+
+def measured_by_kernel(rows):
+    """measured_list, a row for each kernel, with what the list costs in the worst of its problems."""
+    table = _by_kernel(measured_list(rows), {"configurations": "max", "of": "max", "time / best": "max"})
+    return table.rename(columns={"time / best": "time / best, at worst"})
+
+
+def rule_by_kernel(rows):
+    """prediction_rule, a row for each kernel: its problems' binaries together, and what the rule costs in the worst."""
+    table = _by_kernel(prediction_rule(rows), {"binaries": "sum", "kept": "sum", "best kept / best": "max"})
+    return table.rename(columns={"best kept / best": "best kept / best, at worst"})
 
 
 def problems_of(rows, kernels=tuple(NAMES)):
@@ -191,7 +209,7 @@ def noise(rows):
 def noise_table(rows):
     """The quantiles of the noise, in percent, by kernel."""
     percent = 100 * (noise(rows) - 1)
-    return percent.groupby("kernel").quantile([0.5, 0.9]).unstack().rename(columns="{:.0%} of pairs".format)
+    return percent.groupby("kernel").quantile([0.5, 0.9]).unstack().rename(columns="{:.0%} of the binaries, %".format)
 
 
 def regret(times, best, tries=400):
@@ -202,14 +220,14 @@ def regret(times, best, tries=400):
 
 
 def tries_table(rows, within=1.05):
-    """The tries in random order after which tuning is, as a rule, within 5% of the best; "-" where a list never is."""
+    """The tries in random order after which tuning is, as a rule, within 5% of the best, or "never"; of how many."""
     found = []
     for problem in problems_of(rows):
         best = min(times_of(rows, problem).values())
         row = {"problem": title(problem)}
         for name, times in lists_of(rows, problem).items():
             close = np.flatnonzero(regret(times, best) <= within)
-            row[name] = f"{close[0] + 1} of {len(times)}" if len(close) else f"- of {len(times)}"
+            row[f"{name}, tries"] = f"{close[0] + 1 if len(close) else 'never'} of {len(times)}"
         found.append(row)
     return pd.DataFrame(found, columns=None if found else ["problem"]).set_index("problem")
 
@@ -224,8 +242,23 @@ def compiled_rows():
     return with_occupancy(max(groups, key=len).reset_index(drop=True))
 
 
-def compiled_table(rows):
-    """For each kernel and architecture: configurations asked for, failed, spilling; distinct binaries, occupancy."""
+def resources_table(rows):
+    """What the compiler said of each binary, a row each."""
+    names = {
+        "registers": "registers a thread",
+        "spills": "spilled, bytes a thread",
+        "shared": "shared, bytes a program",
+        "instructions": "instructions",
+        "occupancy": "programs a multiprocessor holds",
+    }
+    first = rows.drop_duplicates("binary").set_index(["kernel", "tile", "num_warps", "arch"]).sort_index()
+    return first[list(names)].rename(columns=names).rename_axis(index={"num_warps": "warps", "arch": "architecture"})
+
+
+def compiled_table(rows, archs=None):
+    """For each kernel and architecture: configurations asked for, failed, spilling; distinct binaries, occupancy. Of
+    all architectures, or of some."""
+    rows = rows if archs is None else rows[rows["arch"].isin(archs)]
     groups = rows.assign(
         failed=rows["registers"].isna(),
         spilling=rows["spills"] > 0,
@@ -238,8 +271,8 @@ def compiled_table(rows):
             "spilling": groups["spilling"].sum(),
             "tile × warps": groups["config"].nunique(),
             "binaries": groups["binary"].nunique(),
-            "registers (median)": groups["registers"].median(),
-            "programs at once (median)": groups["occupancy"].median(),
+            "registers a thread, median": groups["registers"].median(),
+            "programs a multiprocessor holds, median": groups["occupancy"].median(),
         }
     )
 

@@ -45,9 +45,16 @@ def show(name, draw, *wanted):
 
 def markdown(header, lines):
     """A table; numbers go to the right."""
-    numeric = [all(str(line[i])[:1].isdigit() or line[i] in ("", "–") for line in lines) for i in range(len(header))]
+    numeric = [all(str(line[i])[:1] in "0123456789-–" for line in lines) for i in range(len(header))]
     rule = ["---:" if right else "---" for right in numeric]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [header, rule, *lines])
+
+
+def of_frame(frame):
+    """A frame as a table, its index first: text as it is, of a number three digits or all before the point."""
+    frame = frame.reset_index()
+    lines = [[cell if isinstance(cell, str) else digits(cell) for cell in line] for line in frame.to_numpy(object)]
+    return markdown(list(frame.columns), lines)
 
 
 def share(floor, us):
@@ -56,11 +63,12 @@ def share(floor, us):
     return "–" if us != us else f"{percent:.0f}%" if percent >= 10 else f"{percent:.2g}%" if percent >= 0.1 else "0.0%"
 
 
-def microseconds(us):
+def digits(value):
     """Three digits, or all there are before the point."""
-    if us != us:
-        return "–"
-    return f"{us:,.0f}" if us >= 100 else f"{us:.3g}"
+    return number(value, ",.0f" if abs(value) >= 100 else ".3g")
+
+
+microseconds = digits  # a heading names the unit
 
 
 def number(value, spec):

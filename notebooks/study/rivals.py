@@ -189,7 +189,7 @@ RIVALS = {
     "keys as doubles": Rival(
         lanes_rung(**LONG_PAIRS),
         "factored kernels",
-        "Keys of 64 bits that order as doubles are compared by a unit that is otherwise idle.",
+        "Keys of 64 bits that order as doubles are compared as doubles, of which the kernel has no other use.",
     ),
     "short keys of pairs": Rival(
         lanes_rung(**ONE_WARP),
@@ -197,17 +197,19 @@ RIVALS = {
         "A pair's sum, row and rank share 32 bits where the sums leave room for it; where they do not, 64 as before.",
     ),
     "two warps a program": Rival(
-        lanes_rung(**STRAIGHT), "factored kernels", "They run close together and share the code they fetch."
+        lanes_rung(**STRAIGHT),
+        "factored kernels",
+        "They run close together, so that they may share the code they fetch.",
     ),
     "networks in loops": Rival(
         lanes_rung(**COMPARED),
         "factored kernels",
-        "Short code that is fetched once, and begins with a part of a row while the rest is on its way.",
+        "Short code, and work that can begin with a part of a row while the rest is on its way.",
     ),
     "minima by sums": Rival(
         lanes_rung(**KEPT),
         "factored kernels",
-        "The smaller of two keys is their sum less the larger: multiply-adds, which have a unit of their own.",
+        "The smaller of two keys is their sum less the larger: multiply-adds instead of comparisons.",
     ),
     "rows read once": Rival(
         lanes_rung(), "factored kernels", "What has been read makes room in the cache before anything else."

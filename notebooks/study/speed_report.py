@@ -38,7 +38,8 @@ def ladder_table(rows):
             before = row.us
         else:
             lines.append((row.rival, "–", "–", "–", row.error, why))
-    return markdown(["rung", "µs", "faster than the rung before", "of the floor's speed", "result", "why"], lines)
+    return markdown(["rung", "µs", "faster than the rung before", "of the floor's speed", "result", "what is new"],
+                    lines)  # fmt: skip
 
 
 def targets_table(rows):
