@@ -60,7 +60,7 @@ def test_no_table_says_what_was_printed():
 
 
 def test_ncu_is_asked_for_every_column():
-    command = profiling.command("rung3_staircase", num_tokens=512)
+    command = profiling.command("rung3_staircase", {"num_tokens": 512})
     asked = command[command.index("--metrics") + 1].split(",")
     assert {*profiling.SUMS.values(), *profiling.AVERAGES.values(), profiling.REGISTERS} == set(asked)
     assert set(METRICS) <= set(asked)

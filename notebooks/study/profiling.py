@@ -60,13 +60,15 @@ UNITS = {"n": 1e-3, "ns": 1e-3, "nsecond": 1e-3, "us": 1, "usecond": 1, "ms": 1e
          "second": 1e6, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}  # fmt: skip  # to µs and to bytes
 
 
-def command(name, **sizes):
-    """The command line that profiles one call of a rung, after a first one that compiles it. sizes: those that are not
-    the ladder's, by their names."""
+def command(name, *calls):
+    """The command line that profiles calls of a rung, each after a first one that compiles it. calls: of each the sizes
+    that are not the ladder's, by their names."""
     metrics = [*SUMS.values(), *AVERAGES.values(), REGISTERS]
     ncu = ["ncu", "--csv", "--page", "raw", "--print-units", "base", "--profile-from-start", "off", "--metrics"]
-    call = f"from study import profiling; profiling.call_twice({name!r}, **{sizes})"
-    return [*ncu, ",".join(metrics), sys.executable, "-c", call]
+    program = "; ".join(
+        ["from study import profiling", *(f"profiling.call_twice({name!r}, **{sizes})" for sizes in calls)]
+    )
+    return [*ncu, ",".join(metrics), sys.executable, "-c", program]
 
 
 def kernels(text):
@@ -148,17 +150,22 @@ def measure():
     """
     if not torch.cuda.is_available():
         return "not measured: no GPU here"
-    rungs = [(name, {"num_tokens": FEW_TOKENS.get(name, speed.MAIN.num_tokens)}) for name in names()]
-    done, refused = 0, []
-    for table, calls in {"profile": rungs, "profile_corners": [(OMNI, sizes) for sizes in CORNERS]}.items():
-        with tables.recording(table) as record:
-            for name, sizes in calls:
-                run = subprocess.run(
-                    command(name, **sizes), cwd=LADDER.parent, capture_output=True, encoding="utf-8", check=False
-                )
-                try:
-                    record({"rival": name, **speed.MAIN._replace(**sizes)._asdict(), **row_of(kernels(run.stdout))})
-                    done += 1
-                except ValueError as error:
-                    refused.append(f"{name}, {sizes}: {error} {run.stderr[-500:]}")
-    return "\n".join([f"{done} calls profiled", *refused])
+    refused = []
+    with tables.recording("profile") as record:
+        for name in names():
+            sizes = {"num_tokens": FEW_TOKENS.get(name, speed.MAIN.num_tokens)}
+            refused += _profile(record, name, [sizes], lambda found: [found])
+    with tables.recording("profile_corners") as record:
+        refused += _profile(record, OMNI, CORNERS, lambda found: [[kernel] for kernel in found])
+    return "\n".join([f"{len(names()) + len(CORNERS)} calls to profile", *refused])
+
+
+def _profile(record, name, calls, parted):
+    """Record a row of each call. parted: the kernels of each, from all. What ncu said instead, in a list, if it did."""
+    run = subprocess.run(command(name, *calls), cwd=LADDER.parent, capture_output=True, encoding="utf-8", check=False)
+    try:
+        for sizes, found in zip(calls, parted(kernels(run.stdout)), strict=True):
+            record({"rival": name, **speed.MAIN._replace(**sizes)._asdict(), **row_of(found)})
+    except ValueError as error:
+        return [f"{name}: {error} {run.stderr[-500:]}"]
+    return []
