@@ -250,13 +250,13 @@ def refusal_code(error):
 
 
 def consult(*args):
-    """`ask`, and wait for the answers."""
-    return ask(*args)()
+    """What this rank told each rank, and each told it, as lists of integers: those of `prepare`."""
+    return torch.stack(prepare(*args)()()).tolist()
 
 
-def ask(group, backends, device, refused, facts, counts=None):
-    """A function that waits for what this rank told each rank, and each told it, as lists of integers: refused, facts,
-    three counts.
+def prepare(group, backends, device, refused, facts, counts=None):
+    """A function that tells each rank refused, facts and three counts, as often as it is called. It gives another, that
+    waits for what each told this one, and gives both as matrices, a row for each rank.
 
     The integers travel by a device that all ranks choose alike, since one of them may have brought no tensor: by a GPU
     only if its backend is for GPUs. device: of this rank's tensors, None if they were refused.
@@ -269,14 +269,18 @@ def ask(group, backends, device, refused, facts, counts=None):
     message[:, 1:-3] = torch.tensor(facts, dtype=torch.int64, device=device)
     if counts is not None:
         message[:, -3:] = counts
-    answer = torch.empty_like(message)
-    work = dist.all_to_all_single(answer, message, group=group, async_op=True)
 
-    def hear():
-        work.wait()
-        return torch.stack((message, answer)).tolist()
+    def tell():
+        answer = torch.empty_like(message)
+        work = dist.all_to_all_single(answer, message, group=group, async_op=True)
 
-    return hear
+        def hear():
+            work.wait()
+            return message, answer
+
+        return hear
+
+    return tell
 
 
 def raise_together(refusal, received):

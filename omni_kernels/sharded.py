@@ -13,6 +13,7 @@ import zlib
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
@@ -22,7 +23,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from . import reference
 from .configs import has_kernels
-from .distributed import ask, backends_of, raise_together, refusal_code
+from .distributed import backends_of, prepare, raise_together, refusal_code
 from .factored import candidates, lists
 from .factored.plan import OVER_ALL, Launches
 from .operators import as_matrix, define
@@ -31,7 +32,9 @@ MAX_SPECS = 256  # that are kept
 # Candidates are exchanged where they are that much fewer bytes than logits, since they are found, unpacked and merged.
 # On two H200 131072 tokens with N = 256 and k = 16, a quarter of the bytes, were faster gathered.
 WORTH = 4
-_all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor  # before PyTorch 2.12
+# What they were called before PyTorch 2.12.
+_gather_in_graph = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def route(functions, x, y, scores_dtype, normalize, check, facts, shard_tokens=False):
@@ -40,57 +43,85 @@ def route(functions, x, y, scores_dtype, normalize, check, facts, shard_tokens=F
     functions: of plain tensors: omni_router, the operator of `reference.sums_of_pairs`, that of a router's gradient.
     check: takes no argument, raises unless all are right, and gives k. facts: what else ranks must have in common.
     """
-    quickly = not is_compiling() and isinstance(x, DTensor) and isinstance(y, DTensor)
-    quickly = quickly and not (torch.is_grad_enabled() and (x.requires_grad or y.requires_grad))
-    asked = _asked(x, y, facts) if quickly else None
-    known = _known.get(asked) if quickly else None  # a compiler would hash what the others were
-    if known is not None:
-        k, *rest = known
-        parts = functions[0](x._local_tensor, y._local_tensor, k, scores_dtype, normalize)
-        return tuple(_wrapped(part, *rest) for part in parts)
-    k, settle = _agree(x, y, check, facts)
-    omni_router, mesh, last, shape = functions[0], x.device_mesh, x.ndim - 1, torch.Size((*x.shape[:-1], k))
+    eager = not is_compiling() and isinstance(x, DTensor) and isinstance(y, DTensor)
+    key = _key(x, y, facts) if eager else None
+    call = _known.get(key) if eager else None  # a compiler would hash what the others were
+    if call is None or call.groups != _groups(x.device_mesh, call.dims):  # those of equal meshes may differ
+        call = _call(x, y, check, facts, shard_tokens)
+        if eager and len(call.dims) < 2:
+            _known.keep(key, call)
+    settle = call.tell()
+    if call.way is None:
+        settle()
+    if call.moves:
+        x, y = (_redistributed(logits, call.placements) for logits in (x, y))
+    x, y = _local(x), _local(y)
+    if call.exchanges:
+        parts = _route_candidates(functions, x, y, call.k, scores_dtype, normalize, call.way, settle)
+    elif call.way is not None:
+        gather = _Gather.apply if _is_learned(x, y) else _gather_factors
+        parts = functions[0](*gather(as_matrix(x), as_matrix(y), call.way, settle), call.k, scores_dtype, normalize)
+        parts = [_as_tokens(part, x.shape[:-1], call.way) for part in parts]
+    else:
+        parts = functions[0](x, y, call.k, scores_dtype, normalize)
+    return tuple(_wrapped(part, call.mesh, call.results, call.shape) for part in parts)
+
+
+class _Call(NamedTuple):
+    """What a call does, as far as others that bring logits alike do the same."""
+
+    k: int
+    dims: list  # of the mesh, along which ranks need each other
+    groups: list  # of these
+    tell: object  # as of `_agree`
+    moves: bool  # whether logits are redistributed first
+    placements: tuple  # to these
+    way: object  # a _Way, if ranks bring each other their parts
+    exchanges: bool  # whether these are candidates
+    mesh: object
+    results: tuple  # their placements
+    shape: torch.Size
+
+
+# Of calls in eager mode, that were checked. Else it takes PyTorch many times as long as the launches.
+_known = Launches()
+
+
+def _key(x, y, facts):
+    """All that a `_Call` hangs on, to look it up."""
+    tensors, enabled = (x._local_tensor, y._local_tensor), torch.is_grad_enabled()
+    local = [(tensor.shape, tensor.device) for tensor in tensors]
+    return x._spec, y._spec, *local, enabled and (x.requires_grad, y.requires_grad), *map(repr, facts.values())
+
+
+def _call(x, y, check, facts, shard_tokens):
+    k, asked, tell = _agree(x, y, check, facts)
+    mesh, last = x.device_mesh, x.ndim - 1
     dims = [dim for dim in range(mesh.ndim) if _shard_factors(x, y, dim)]
     results = [_of_tokens(both, last) for both in zip(x.placements, y.placements, strict=True)]
     if shard_tokens:
         for dim in dims:
             results[dim] = Shard(0)
-    results = tuple(results)
-    if len(dims) == 1 and _pays(x, k, dims[0], results):
+    placements, results, exchanges, way = results, tuple(results), False, None
+    if len(dims) == 1:
         (dim,) = dims
-        placements = [*results[:dim], Shard(last), *results[dim + 1 :]]
-        x, y = (_redistributed(logits, placements) for logits in (x, y))
-        way = _way(x, dim, shard_tokens)
-        parts = _route_candidates(functions, _local(x), _local(y), k, scores_dtype, normalize, way, settle)
-    elif len(dims) == 1 and _gathers_at_once(x, y, dims[0], results):
-        settle()
-        way = _way(x, dims[0], shard_tokens)
-        local = _Gather.apply(as_matrix(_local(x)), as_matrix(_local(y)), way)
-        parts = omni_router(*local, k, scores_dtype, normalize)
-        parts = [_as_tokens(part, x._local_tensor.shape[:-1], way) for part in parts]
-    else:
-        settle()
-        local = [_local(_redistributed(logits, results)) for logits in (x, y)]
-        parts = omni_router(*local, k, scores_dtype, normalize)
-    wrapped = tuple(_wrapped(part, mesh, results, shape) for part in parts)
-    if quickly and x.placements == y.placements == results:
-        _known.keep(asked, (k, mesh, results, shape))
-    return wrapped
+        exchanges = _pays(x, k, dim, results)
+        if exchanges or _gathers_at_once(x, y, dim, results):
+            placements = [*results[:dim], Shard(last), *results[dim + 1 :]]
+            way = _way(x, dim, placements, shard_tokens)
+    moves = not (x.placements == y.placements == tuple(placements))
+    shape = torch.Size((*x.shape[:-1], k))
+    return _Call(k, asked, _groups(mesh, asked), tell, moves, placements, way, exchanges, mesh, results, shape)
 
 
-# Of calls in eager mode that need no other rank and no gradient, and were checked: k, and what `_wrapped` wants. All
-# else takes PyTorch several times as long as a launch.
-_known = Launches()
-
-
-def _asked(x, y, facts):
-    """All that such a call hangs on, to look it up."""
-    return x._spec, y._spec, x._local_tensor.shape, y._local_tensor.shape, *map(repr, facts.values())
+def _groups(mesh, dims):
+    return [mesh.get_group(dim) for dim in dims]
 
 
 def replay(function, x, y, indices, check, facts):
     """`router.replay` where one of the three is a DTensor: `function` of plain ones, where the experts are."""
-    _agree(x, y, check, facts, indices)[1]()
+    _, _, tell = _agree(x, y, check, facts, indices)
+    tell()()
     last = x.ndim - 1
     all_placements = zip(indices.placements, x.placements, y.placements, strict=True)
     placements = [_of_tokens(all_three, last) for all_three in all_placements]
@@ -158,7 +189,8 @@ def _wrapped(tensor, mesh, placements, shape):
     tenth of the time."""
     shape = torch.Size(shape)
     if not (is_compiling() or tensor.requires_grad):
-        return DTensor(tensor, _spec(mesh, tuple(placements), shape, tensor.dtype), requires_grad=False)
+        spec = _spec(mesh, tuple(placements), shape, tensor.dtype)
+        return DTensor.__new__(DTensor, tensor, spec, requires_grad=False)  # __init__ does nothing, in as long again
     return DTensor.from_local(tensor, mesh, placements, run_check=False, shape=shape, stride=_strides(shape))
 
 
@@ -189,8 +221,12 @@ class _Local(torch.autograd.Function):
 
 
 def _local(tensor):
-    needs_grad = torch.is_grad_enabled() and tensor.requires_grad
-    return _Local.apply(tensor) if needs_grad or is_compiling() else tensor._local_tensor
+    return _Local.apply(tensor) if _is_learned(tensor) else tensor._local_tensor
+
+
+def _is_learned(*tensors):
+    """Whether somebody may want gradients. Else an autograd function would only take time."""
+    return is_compiling() or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
 def _sizes(size, num_ranks):
@@ -199,18 +235,28 @@ def _sizes(size, num_ranks):
     return [max(0, min(most, size - rank * most)) for rank in range(num_ranks)]
 
 
+def _local_shape(shape, mesh, placements):
+    """That of this rank's part of a tensor, replicated where it is not sharded."""
+    shape = list(shape)
+    for dim, placement in enumerate(placements):
+        if type(placement) is Shard:
+            shape[placement.dim] = _sizes(shape[placement.dim], mesh.size(dim))[mesh.get_local_rank(dim)]
+    return tuple(shape)
+
+
 # What ranks tell each other first -------------------------------------------------------------------------------------
 
 
 def _agree(x, y, check, facts, *others):
-    """What `check` gives, and a function to call before ranks wait for each other. If a rank needs another, all of them
-    raise there if one does, or if they differ in what they bring.
+    """What `check` gives; the dimensions of the mesh along which ranks need each other; and a function that tells the
+    others along these what this rank brings, and gives another to call before ranks wait for each other. All of them
+    raise there if one does, or if they differ in what they bring: or here, if there are several such dimensions.
 
     Ranks that need no other say nothing, nor does compiled code. The integers travel by CPU if the group has a backend
     for it, so that nobody waits for a GPU.
     """
     if is_compiling():
-        return check(), _nothing
+        return check(), (), _tell_nothing
     given = [tensor for tensor in (x, y, *others) if isinstance(tensor, DTensor)]
     mesh = given[0].device_mesh
     refusal = k = None
@@ -229,22 +275,26 @@ def _agree(x, y, check, facts, *others):
         if different or not (_is_shard(placement, last) or placement.is_replicate()):
             dims.append(dim)
     if len(dims) == 1 and refusal is None:  # ranks of one dimension alone have something to tell: they need not wait
-        return k, _asked_along(mesh, *dims, None, given, facts)
+        return k, dims, _prepare(mesh, *dims, None, given, facts)
     for dim in dims:
-        refusal = _reason(_asked_along(mesh, dim, refusal, given, facts))
+        refusal = _reason(_prepare(mesh, dim, refusal, given, facts))
     if refusal is not None:
         raise refusal
-    return k, _nothing
+    return k, dims, _tell_nothing
+
+
+def _tell_nothing():
+    return _nothing
 
 
 def _nothing():
     """To wait for."""
 
 
-def _reason(settle):
-    """Why it raises, or None."""
+def _reason(tell):
+    """Why a rank raises, or None."""
     try:
-        settle()
+        tell()()
     except (TypeError, ValueError) as error:
         return error
     return None
@@ -261,21 +311,19 @@ def _check_spread(name, tensor, like):
         raise ValueError(f"{name} must have the mesh of the others, {mesh}, got {tensor.device_mesh}")
     if mesh.get_coordinate() is None:
         raise ValueError(f"{name} must have a mesh that this rank is in, got {mesh}")
-    shape = list(tensor.shape)
-    for dim, placement in enumerate(tensor.placements):
-        if type(placement) is Shard:
-            shape[placement.dim] = _sizes(shape[placement.dim], mesh.size(dim))[mesh.get_local_rank(dim)]
-        elif not (placement.is_replicate() or placement.is_partial()):
-            return  # PyTorch knows how it is cut
-    if list(tensor._local_tensor.shape) != shape:
+    if not all(type(part) is Shard or part.is_replicate() or part.is_partial() for part in tensor.placements):
+        return  # PyTorch knows how it is cut
+    shape = _local_shape(tensor.shape, mesh, tensor.placements)
+    if tensor._local_tensor.shape != shape:
         raise ValueError(
-            f"{name} must have the local shape {tuple(shape)}, a DTensor's part of {tuple(tensor.shape)} placed "
+            f"{name} must have the local shape {shape}, a DTensor's part of {tuple(tensor.shape)} placed "
             f"{tensor.placements}, got {tuple(tensor._local_tensor.shape)}"
         )
 
 
-def _asked_along(mesh, dim, refusal, tensors, facts):
-    """A function that raises if this rank refuses, or another along a dimension of the mesh, or if they differ."""
+def _prepare(mesh, dim, refusal, tensors, facts):
+    """A function that tells the ranks along a dimension of the mesh what this one brings, as often as it is called. It
+    gives another, that raises if this rank refuses, or one of them, or if they differ."""
     group, rank = mesh.get_group(dim), mesh.get_local_rank(dim)
     facts = {
         "the logits' shapes": [tuple(tensor.shape) for tensor in tensors],
@@ -287,16 +335,19 @@ def _asked_along(mesh, dim, refusal, tensors, facts):
     backends = backends_of(group)
     backends = {"cpu": backends["cpu"]} if "cpu" in backends else backends
     code = 0 if refusal is None else refusal_code(refusal)
-    hear = ask(group, backends, None, code, [zlib.crc32(repr(fact).encode()) for fact in facts.values()])
+    tell = prepare(group, backends, None, code, [zlib.crc32(repr(fact).encode()) for fact in facts.values()])
 
-    def settle():
-        _, received = hear()
+    def settle(hear):
+        told, received = hear()
+        if refusal is None and torch.equal(told, received):
+            return  # since each was told the same
+        received = received.tolist()
         raise_together(refusal, received)
         for i, (name, fact) in enumerate(facts.items()):
             if len({row[1 + i] for row in received}) > 1:
                 raise ValueError(f"{name} must be the same on every rank, got {fact} on rank {rank} of the group")
 
-    return settle
+    return lambda: functools.partial(settle, tell())
 
 
 # Factors sharded ------------------------------------------------------------------------------------------------------
@@ -315,7 +366,7 @@ class _Way(NamedTuple):
     def bring(self, values):
         """(num_tokens, width) -> (num_ranks, tokens to finish, width): what all ranks have."""
         if self.tokens is None:
-            return _gather(values, self.group).unflatten(0, (self.num_ranks, len(values)))
+            return _gather(values, self.group, self.num_ranks).unflatten(0, (self.num_ranks, len(values)))
         received = self.tokens[self.rank]
         values = _trade(values, [received] * self.num_ranks, self.tokens, self.group)
         return values.unflatten(0, (self.num_ranks, received))
@@ -335,35 +386,48 @@ class _Way(NamedTuple):
         return _trade(values.repeat(self.num_ranks, 1), self.tokens, sent, self.group)
 
 
-def _gather(values, group):
-    return collectives.wait_tensor(_all_gather(values.contiguous(), 0, group))
+def _gather(values, group, num_ranks):
+    if is_compiling():
+        return collectives.wait_tensor(_gather_in_graph(values.contiguous(), 0, group))
+    answer = values.new_empty((num_ranks * len(values), values.shape[1]))
+    _gather_into(answer, values.contiguous(), group)
+    return answer
 
 
 def _trade(values, received, sent, group):
-    return collectives.wait_tensor(collectives.all_to_all_single(values, received, sent, group))
+    if is_compiling():
+        return collectives.wait_tensor(collectives.all_to_all_single(values, received, sent, group))
+    answer = values.new_empty((sum(received), values.shape[1]))
+    dist.all_to_all_single(answer, values, received, sent, group)
+    return answer
 
 
-def _way(x, dim, shard_tokens):
+def _way(x, dim, placements, shard_tokens):
     mesh, num_experts = x.device_mesh, x.shape[-1]
     num_ranks, rank = mesh.size(dim), mesh.get_local_rank(dim)
     tokens = None
     if shard_tokens:
-        outer, *inner = x.to_local().shape[:-1]
+        outer, *inner = _local_shape(x.shape, mesh, placements)[:-1]
         tokens = [size * math.prod(inner) for size in _sizes(outer, num_ranks)]
     first = sum(_sizes(num_experts, num_ranks)[:rank])
     return _Way(mesh.get_group(dim), num_ranks, rank, num_experts, first, tokens)
 
 
+def _exchange(sums, keys, way):
+    """The candidates' packed keys, and a few sums that travel with them."""
+    if sums is None:
+        return None, way.bring(keys)
+    received = way.bring(torch.cat((keys, sums.view(keys.dtype)), 1))
+    return received[..., keys.shape[1] :].contiguous().view(torch.float32), received[..., : keys.shape[1]]
+
+
 class _Exchange(torch.autograd.Function):
-    """The candidates' packed keys, and a few sums that travel with them, of which the gradient travels back."""
+    """`_exchange`, with the gradient of the sums, which travels back."""
 
     @staticmethod
     def forward(ctx, sums, keys, way):
         ctx.way = way
-        if sums is None:
-            return None, way.bring(keys)
-        received = way.bring(torch.cat((keys, sums.view(keys.dtype)), 1))
-        keys, sums = received[..., : keys.shape[1]], received[..., keys.shape[1] :].contiguous().view(torch.float32)
+        sums, keys = _exchange(sums, keys, way)
         ctx.mark_non_differentiable(keys)
         return sums, keys
 
@@ -373,22 +437,28 @@ class _Exchange(torch.autograd.Function):
         return ctx.way.bring_back(grad), None, None
 
 
+def _gather_factors(x, y, way, settle):
+    """All columns of both factors, of the tokens that this rank finishes, in one collective."""
+    parts = torch.cat((x, y), 1)
+    settle()
+    parts = way.bring(parts).unflatten(2, (2, x.shape[1]))
+    return parts.permute(2, 1, 0, 3).flatten(2).unbind(0)
+
+
 class _Gather(torch.autograd.Function):
-    """All columns of both factors, of the tokens that this rank finishes, in one collective; the gradient goes to each
-    rank's own."""
+    """`_gather_factors`, whose gradient goes to each rank's own columns."""
 
     @staticmethod
-    def forward(ctx, x, y, way):
+    def forward(ctx, x, y, way, settle):
         ctx.way = way
-        factors = way.bring(torch.cat((x, y), 1)).split(x.shape[1], 2)
-        return tuple(factor.transpose(0, 1).flatten(1) for factor in factors)
+        return _gather_factors(x, y, way, settle)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
         way = ctx.way
         parts = [grad.unflatten(1, (way.num_ranks, -1)).transpose(0, 1) for grad in grads]
-        return *way.bring_back(torch.cat(parts, 2)).split(parts[0].shape[2], 1), None
+        return *way.bring_back(torch.cat(parts, 2)).split(parts[0].shape[2], 1), None, None
 
 
 class _Own(torch.autograd.Function):
@@ -441,7 +511,7 @@ def _route_candidates(functions, x, y, k, scores_dtype, normalize, way, settle):
     """Scores and indices of the tokens that this rank finishes, from its columns of both factors. settle: called before
     ranks wait for each other."""
     omni_router, pairs, sum_up = functions
-    dtype, tokens = x.dtype, x.shape[:-1]
+    dtype, tokens, learned = x.dtype, x.shape[:-1], _is_learned(x, y)
     scores_dtype = scores_dtype or dtype
     x, y = as_matrix(x), as_matrix(y)
     list_columns = _BEST_COLUMNS if is_compiling() else _best_columns  # an operator takes the host as long again
@@ -452,7 +522,7 @@ def _route_candidates(functions, x, y, k, scores_dtype, normalize, way, settle):
     if over_all:
         sums = torch.cat([_own_total(logits) for logits in (x, y)], 1)
     settle()
-    sums, keys = _Exchange.apply(sums, keys, way)
+    sums, keys = (_Exchange.apply if learned else _exchange)(sums, keys, way)
 
     with torch.no_grad():
         if normalize is None and not is_compiling() and has_kernels(keys):
@@ -466,7 +536,8 @@ def _route_candidates(functions, x, y, k, scores_dtype, normalize, way, settle):
         if normalize is not None:
             best = reference.best_logits(all_x, all_y)
             scores = pairs(all_x, all_y, places, *reference.origins(*best))
-    scores = _Own.apply(x, y, scores, experts, way, sum_up)
+    if learned:
+        scores = _Own.apply(x, y, scores, experts, way, sum_up)
     if normalize is not None:
         totals = map(_total, sums.unbind(2), (all_x, all_y), best) if over_all else None
         scores = reference.normalize_sums(scores, all_x, all_y, *best, normalize, totals).to(scores_dtype)

@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from cases import DTYPES, NEEDS_INTERPRETER, ON_GPU, adversarial_logits, case_id, compile_plan, compiled_by
+from cases import DTYPES, NEEDS_INTERPRETER, ON_GPU, ON_NVIDIA, adversarial_logits, case_id, compile_plan, compiled_by
 from ptx import parse, run_program
 
 from omni_kernels import sharded
 from omni_kernels.factored import lists
+from omni_kernels.factored.plan import launch
 
 pytestmark = [] if ON_GPU else NEEDS_INTERPRETER
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -32,6 +33,32 @@ def test_any_strides_and_no_tokens(device):
     x, y = x.t().contiguous().t(), y.repeat(1, 2)[:, ::2]
     assert torch.equal(lists.best_columns(x, y, 4, 8), by_pytorch(x, y, 4, 8))
     assert lists.best_columns(x[:0], y[:0], 4, 8).shape == (0, 8)
+
+
+def test_a_launch_is_kept_for_other_tokens_and_columns(device, monkeypatch):
+    """But not for other strides, alignment or k. On an NVIDIA GPU by its own launches, elsewhere by Triton's."""
+    made = []
+
+    class Launch(lists.Launch):
+        def __init__(self, plan, device):
+            made.append(plan)
+            super().__init__(plan, device)
+
+        def __call__(self, tensors, *numbers):
+            if not ON_NVIDIA:
+                return launch(self.plan, *tensors, *numbers)
+            return super().__call__(tensors, *numbers)
+
+    monkeypatch.setattr(lists, "_launches", type(lists._launches)())
+    monkeypatch.setattr(lists, "on_nvidia", lambda _: True)
+    monkeypatch.setattr(lists, "Launch", Launch)
+    x, y = adversarial_logits(40, torch.float32, device)
+    whole, rows, columns = (x, y), (x[:5], y[:5]), (x[:, 1:], y[:, 1:])
+    for number, (pair, k, first) in enumerate(
+        [(whole, 4, 8), (rows, 4, 16), (columns, 4, 0), (whole, 3, 8), (whole, 4, 8)]
+    ):
+        assert torch.equal(lists.best_columns(*pair, k, first), by_pytorch(*pair, k, first))
+        assert len(made) == (1, 1, 2, 3, 3)[number]
 
 
 def test_more_than_the_kernel_takes_are_pytorchs(device):

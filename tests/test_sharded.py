@@ -239,7 +239,7 @@ def check_traffic(device, rank, num_ranks):
 
 
 class Collectives(torch.utils._python_dispatch.TorchDispatchMode):
-    """Notes the bytes of what goes into functional collectives."""
+    """Notes the bytes of what goes into collectives, but for asynchronous ones: of what ranks agree on."""
 
     def __init__(self):
         super().__init__()
@@ -249,7 +249,9 @@ class Collectives(torch.utils._python_dispatch.TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented
         if "c10d_functional" in function.namespace and "all_" in str(function):
-            self.inputs.append(args[0].numel() * args[0].element_size())
+            self.inputs.append(args[0].nbytes)
+        elif function.namespace == "c10d" and any(arg is False for arg in args):  # async_op
+            self.inputs.append(args[1].nbytes)
         return function(*args, **(kwargs or {}))
 
 
@@ -300,6 +302,44 @@ def check_bad_input(device, rank, num_ranks):
     refuses(ValueError, "exactly one of", adaptive_router, good["x"], good["y"], 2)
     negative = functools.partial(adaptive_router, top_p=0.5)
     refuses(ValueError, "max_experts_per_token must be", negative, good["x"], good["y"], -1)
+
+
+def check_second_calls(device, rank, num_ranks):
+    """What is kept of a call serves those alone that bring the same. Ranks still tell each other what they bring."""
+    mesh = init_device_mesh(device.type, (num_ranks,))
+    x, y = adversarial_logits(24 * num_ranks, torch.float32, device)
+    both, half = [Shard(1), Shard(1)], [part.half() for part in (x, y)]
+    cases = [
+        ((x, y), both, (2,)), ((x, y), both, (3,)), (half, both, (2,)), ((x[1:], y[1:]), both, (2,)),
+        ((x[:, num_ranks:], y[:, num_ranks:]), both, (2,)), ((x, y), [Shard(1), Replicate()], (2,)),
+        ((x, y), both, (2, torch.float16)), ((x, y), both, (2, None, "topk")), ((x, y), both, (2, None, None, True)),
+        ((x, y), both, (20,)), ((x, y.clone().requires_grad_()), both, (2,)),
+    ]  # fmt: skip
+
+    calls = []
+    for logits, placements, rest in cases:
+        parts = [spread(part, mesh, [placement]) for part, placement in zip(logits, placements, strict=True)]
+        calls.append((*parts, *rest))
+    for call, (logits, *name, rest) in zip(2 * calls, 2 * cases, strict=True):
+        (got, got_experts), (scores, experts) = sharded_router(*call), omni_router(*logits, *rest[:3])
+        assert torch.equal(got_experts.full_tensor(), experts), (name, rest)
+        assert_same(got.full_tensor(), scores, "topk" not in rest, (name, rest))
+    good, *others = calls
+    for other, culprit in itertools.product(others, {0, num_ranks - 1}) if num_ranks > 1 else ():
+        call = other if rank == culprit else good
+        refuses(ValueError, "must be the same on every rank", sharded_router, *call)
+    for bad, error in ((-1, ValueError), (2.0, TypeError)):
+        call = good if rank else (*good[:2], bad)
+        refuses(error, "num_experts_per_token must be|rank 0 of the group refuses", sharded_router, *call)
+
+    group = dist.new_group()  # an equal mesh of another group, which is gone afterwards
+    other_mesh = dist.DeviceMesh.from_group(group, device.type)
+    own = [DTensor.from_local(part.to_local(), other_mesh, [Shard(1)], run_check=False) for part in good[:2]]
+    sharded_router(*own, 4)
+    dist.barrier()
+    dist.destroy_process_group(group)
+    sharded_router(*good[:2], 4)
+    assert not any(group in call.groups for call in sharded._known.values())
 
 
 def check_outside_of_the_mesh(device, rank, num_ranks):

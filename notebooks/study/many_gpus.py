@@ -287,7 +287,9 @@ def _call(rank, source, name, folder):
 
 
 class Sent(TorchDispatchMode):
-    """Adds up the bytes that this rank gives to functional collectives, those that DTensors communicate by."""
+    """Adds up the bytes of logits, candidates and gradients that this rank gives to collectives: to functional ones,
+    which DTensors communicate by, and to those that the host starts and leaves. It awaits the others: of a few integers
+    that ranks agree on."""
 
     def __init__(self):
         super().__init__()
@@ -297,5 +299,7 @@ class Sent(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # DTensor says what becomes of it
         if "c10d_functional" in function.namespace and "all_" in str(function):
-            self.bytes += args[0].numel() * args[0].element_size()
+            self.bytes += args[0].nbytes
+        elif function.namespace == "c10d" and any(arg is False for arg in args):  # async_op
+            self.bytes += args[1].nbytes
         return function(*args, **(kwargs or {}))
