@@ -163,8 +163,8 @@ def test_a_corner_is_told(report):
     found, rows = report
     waits = "10.0 | not_selected 4.00, sleeping 2.00, wait 1.00, no_instruction 0.50"
     assert found.corners_table(rows).splitlines()[2:] == [
-        f"| 1,000 | 256 | 16 | bf16 | 50 | 80% | 20% | 3,000 | 8.0 | {waits} |",
-        "| 1,000 | 256 | 16 | bf16 | 25 | 80% | – | 3,000 | – | – | – |",
+        f"| 1,000 | 256 | 16 | bf16 | 50 | 80% | 20% | 3,000 | 43 | 8.0 | {waits} |",
+        "| 1,000 | 256 | 16 | bf16 | 25 | 80% | – | 3,000 | – | – | – | – |",
     ]
 
 
@@ -190,7 +190,23 @@ def test_what_notebook_07_says_is_so_in_the_recorded_rows(monkeypatch):
         assert forward.no_instruction.idxmax() == "rung6_row_a_lane"
         assert (forward.bank_conflicts / forward.instructions).idxmax() == found.OMNI
         assert rows.registers.idxmax() == "rung6_row_a_lane"
-        assert forward.issue_busy_percent.idxmax() == found.OMNI
+        assert set(forward.issue_busy_percent.nlargest(2).index) == {"rung5_chunk_maxima", found.OMNI}
+        assert 2 * forward.warps_active[found.OMNI] < forward.warps_active["rung5_chunk_maxima"]
+        assert 0 < forward.issue_busy_percent[found.OMNI] - forward.dram_percent[found.OMNI]
         a_token = forward.instructions / forward.num_tokens
         assert a_token.iloc[1:].is_monotonic_decreasing and a_token.iloc[0] < a_token.iloc[1]
-        assert list(stalls[found.OMNI])[:3] == ["not_selected", "math_pipe_throttle", "wait"]
+        next_wait = "long_scoreboard" if "H100" in rows.gpu.iloc[0] else "math_pipe_throttle"
+        assert list(stalls[found.OMNI])[:2] == ["not_selected", next_wait]
+    for _, rows in found.reports.latest("profile_corners").groupby("gpu"):
+        longest = rows.stalls.str.split().str[0]
+        few, short = rows.num_tokens < 65536, rows.num_expert_sqrt < 256
+        many, wide = rows.k > 16, rows.dtype == "fp32"
+        assert set(longest[few]) == {"no_instruction"} and rows.warps_active[few].max() < 1.05
+        assert set(longest[short]) == {"not_selected"}
+        assert rows.issue_busy_percent[short].min() > rows.issue_busy_percent[~short].max()
+        assert rows.registers[many].min() > 150 and rows.warps_active[many].max() < 3
+        assert rows.issue_busy_percent[many].max() < 65 and all("wait" in waits for waits in rows.stalls[many])
+        assert rows.dram_percent[wide].item() > rows.issue_busy_percent[wide].item()
+        instructions = rows.instructions[rows.k == 16][~few & ~wide].groupby(rows.num_expert_sqrt).first() / 65536
+        main = found.reports.latest("profile").set_index(["gpu", "rival"]).loc[(rows.gpu.iloc[0], found.OMNI)]
+        assert 0.45 < instructions[64] * main.num_tokens / main.instructions < 0.55

@@ -118,10 +118,10 @@ def corners_table(rows):
         stalls = ", ".join(f"{reason} {cycles:.2f}" for reason, cycles in stalls_of(row).items())
         case = (f"{row.num_tokens:,}", row.num_expert_sqrt, row.k, row.dtype)
         lines.append((*case, microseconds(row.us), _percent(row.issue_busy_percent), _percent(row.dram_percent),
-                      _times(row.instructions / row.num_tokens), number(row.warps_active, ".1f"),
-                      number(cycles_of(row), ".1f"), stalls or "–"))  # fmt: skip
+                      _times(row.instructions / row.num_tokens), number(row.registers, ".0f"),
+                      number(row.warps_active, ".1f"), number(cycles_of(row), ".1f"), stalls or "–"))  # fmt: skip
     return reports.markdown(["tokens", "N", "k", "logits", "µs, under ncu", "issue slots busy", "DRAM busy",
-                           "warp instructions a token", "warps a scheduler had",
+                           "warp instructions a token", "registers a lane", "warps a scheduler had",
                            "cycles from one instruction of a warp to its next", "of these, cycles that it waits for"],
                           lines)  # fmt: skip
 

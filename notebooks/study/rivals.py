@@ -66,9 +66,9 @@ def public_kernels(x, y, k):
 
 def later_public_kernels(x, y, k):
     """The same at github.com/HKUSTDial/omni-moe, of May 2026: its omni_moe/ops/triton, as a package of this name."""
-    from omni_moe_9fc2506.omni_router import triton_omni_router_func
+    from omni_moe_9fc2506.omni_router import OmniRouterFunc
 
-    return triton_omni_router_func(x, y, x.shape[1], k)
+    return OmniRouterFunc.apply(x, y, x.shape[1], k)
 
 
 def tile_rung(**changes):
