@@ -15,6 +15,8 @@ from .checks import check, check_matrix, check_normalize, check_scores_dtype
 # Tokens are routed in slices, so that the candidates of a long batch never sit in memory at once.
 CANDIDATES_PER_SLICE = 1 << 24
 FEW = 256  # experts a token whose pairs of ranks are kept
+MOST_COLUMNS = 1 << 12  # as many ulps are between fp16 logits
+LEAST_NORMAL = 0x00800000  # the bits of the least fp32 number that has all of its own
 
 
 def brute_force_router(router_logits_x, router_logits_y, num_experts_per_token, normalize=None):
@@ -185,7 +187,8 @@ def normalize_sums(sums, x, y, best_x, best_y, normalize, totals=None):
 def _route(x, y, k, scores_dtype, looks):
     num_tokens, num_expert_sqrt = x.shape
     scores_dtype = scores_dtype or x.dtype
-    route = _route_quickly if looks and x.dtype == torch.float32 else functools.partial(_route_slice, looks=looks)
+    quickly = _route_quickly if x.dtype == torch.float32 else _route_by_ulps
+    route = quickly if looks and x.element_size() < 8 else functools.partial(_route_slice, looks=looks)
     ranks = (_few_ranks if looks and k <= FEW else _staircase)(k, num_expert_sqrt, x.device)
     slice_size = max(1, CANDIDATES_PER_SLICE // (len(ranks[0]) + k + num_expert_sqrt))
     if k and 0 < num_tokens <= slice_size:
@@ -233,6 +236,37 @@ def _route_quickly(x, y, k, rank_x, rank_y):
         tokens = doubt.nonzero()[:, 0]
         scores[tokens], indices[tokens] = _route_slice(x[tokens], y[tokens], k, rank_x, rank_y, looks=True)
     return scores, indices
+
+
+def _route_by_ulps(x, y, k, rank_x, rank_y):
+    """16-bit logits, as fp32 times 1 and a few ulps, more for lower columns: no two of a row are the same then, and
+    none is beyond the next logit. So it is above 0, where numbers order as their bits do, and where the best of a row
+    are, as a rule. `_route_slice` takes the other tokens, and all if the first has too few such logits.
+    """
+    num_expert_sqrt = x.shape[1]
+    values = torch.stack((x, y)).float()
+    fits = num_expert_sqrt <= MOST_COLUMNS and math.isfinite(values.sum())
+    if not fits or (values[:, 0] > 0).sum() < 4 * k:
+        return _route_slice(x, y, k, rank_x, rank_y, looks=True)
+    values *= _ulps(num_expert_sqrt, x.device)
+    best, (rows, columns) = values.view(torch.int32).topk(min(k, num_expert_sqrt))
+    best_x, best_y = (best & (-1 << (16 if x.dtype == torch.bfloat16 else 13))).view(torch.float32)
+    sums = best_x.index_select(1, rank_x) + best_y.index_select(1, rank_y)
+    low = torch.sub(0x7FFFFFFF - rank_y, rows.index_select(1, rank_x), alpha=num_expert_sqrt)
+    packed = torch.add(low, sums.view(torch.int32), alpha=1 << 32).topk(k).values
+    scores, row_and_rank = (packed >> 32).int().view(torch.float32), 0x7FFFFFFF - (packed & 0xFFFFFFFF)
+    rank = row_and_rank % num_expert_sqrt
+    indices = row_and_rank - rank + columns.gather(1, rank)
+    least = best[..., -1]
+    if least.min() < LEAST_NORMAL:
+        tokens = (least < LEAST_NORMAL).any(0).nonzero()[:, 0]
+        scores[tokens], indices[tokens] = _route_slice(x[tokens], y[tokens], k, rank_x, rank_y, looks=True)
+    return scores, indices
+
+
+@functools.lru_cache(16)
+def _ulps(num_columns, device):
+    return torch.arange(num_columns - 1, -1, -1, device=device) * 2.0**-23 + 1
 
 
 def _route_slice(x, y, k, rank_x, rank_y, looks=False):

@@ -152,6 +152,40 @@ def test_one_more_expert_leaves_the_others(logits, data):
     assert torch.equal(factored_router(x, y, k)[0][clean], factored_router(x, y, k + 1)[0][clean, :k])
 
 
+@given(
+    st.sampled_from(DTYPES), st.sampled_from([1, 2, 7, 64, 100, 4096, 5000]), st.sampled_from([1, 2, 5, 16, 40]),
+    st.lists(st.sampled_from(["normal", "coarse", "equal", "huge", "tiny", "negative", "few"]), min_size=1),
+    st.integers(0, 99),
+)  # fmt: skip
+def test_a_host_that_looks_finds_the_same(dtype, num_expert_sqrt, k, kinds, seed):
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(2, len(kinds), num_expert_sqrt, generator=generator)
+    changed = {
+        "normal": lambda row: row, "coarse": lambda row: (row * 2).round() / 2, "equal": torch.sign,
+        "huge": lambda row: row.sign() * torch.finfo(dtype).max * (1 - row.abs() / 8),
+        "tiny": lambda row: row * torch.finfo(dtype).smallest_normal, "negative": lambda row: -row.abs(),
+        "few": lambda row: row - 2.5,
+    }  # fmt: skip
+    rows = [changed[kind](normal[:, token]) for token, kind in enumerate(kinds)]
+    x, y = torch.stack(rows, 1).to(dtype)
+    k = min(k, num_expert_sqrt**2)
+    assert_same_bits(reference.eager_router(x, y, k), factored_router(x, y, k))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_only_tokens_in_doubt_are_routed_by_packed_keys(dtype, monkeypatch):
+    routed = []
+    slowly = reference._route_slice
+    monkeypatch.setattr(
+        reference, "_route_slice", lambda x, *args, **kw: routed.append(len(x)) or slowly(x, *args, **kw)
+    )
+    x, y = torch.randn(2, 50, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[7:9] = -x[7:9].abs() if dtype != torch.float32 else 1.0  # no 16 above 0; equals
+    result = reference.eager_router(x, y, 16)
+    assert sum(routed) == 2
+    assert_same_bits(result, factored_router(x, y, 16))
+
+
 @ROUTERS
 def test_layout_does_not_matter(router, device):
     x, y = adversarial_logits(7, torch.float32, device)
