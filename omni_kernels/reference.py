@@ -223,17 +223,17 @@ def _route_quickly(x, y, k, rank_x, rank_y):
     best, or what is not finite, are routed again by `_route_slice`. (Seldom: so the host looks first if there are any.)
     """
     num_expert_sqrt = x.shape[1]
-    longest, limit = min(k, num_expert_sqrt), min(k + 1, num_expert_sqrt)  # one more shows equals at the edge
-    best, (rows, columns) = torch.stack((x, y)).topk(limit)
-    best_x, best_y = best[..., :longest]
+    limit = min(k + 1, num_expert_sqrt)  # one more shows equals at the edge
+    (best_x, rows), (best_y, columns) = x.topk(limit), y.topk(limit)
     sums = best_x.index_select(1, rank_x) + best_y.index_select(1, rank_y)
     scores, places = sums.topk(min(k + 1, len(rank_x)))
-    indices = rows.gather(1, rank_x[places[:, :k]]) * num_expert_sqrt + columns.gather(1, rank_y[places[:, :k]])
-    equal_logits, equal_scores = (values[..., 1:] >= values[..., :-1] for values in (best, scores))
+    chosen = places[:, :k]
+    row, column = rows.gather(1, rank_x.take(chosen)), columns.gather(1, rank_y.take(chosen))
+    indices = torch.add(column, row, alpha=num_expert_sqrt)
+    distinct = [values[:, :-1] > values[:, 1:] for values in (best_x, best_y, scores)]
     scores = scores[:, :k] + 0.0  # no -0.0
-    if equal_logits.any() or equal_scores.any() or not math.isfinite(sums.sum()):
-        doubt = equal_logits.any(2).any(0) | equal_scores.any(1) | ~sums.isfinite().all(1)
-        tokens = doubt.nonzero()[:, 0]
+    if not (all(part.all() for part in distinct) and math.isfinite(sums.sum())):
+        tokens = (~(torch.cat(distinct, 1).all(1) & sums.isfinite().all(1))).nonzero()[:, 0]
         scores[tokens], indices[tokens] = _route_slice(x[tokens], y[tokens], k, rank_x, rank_y, looks=True)
     return scores, indices
 
@@ -243,23 +243,24 @@ def _route_by_ulps(x, y, k, rank_x, rank_y):
     none is beyond the next logit. So it is above 0, where numbers order as their bits do, and where the best of a row
     are, as a rule. `_route_slice` takes the other tokens, and all if the first has too few such logits.
     """
-    num_expert_sqrt = x.shape[1]
-    values = torch.stack((x, y)).float()
-    fits = num_expert_sqrt <= MOST_COLUMNS and math.isfinite(values.sum())
-    if not fits or (values[:, 0] > 0).sum() < 4 * k:
+    num_tokens, num_expert_sqrt = x.shape
+    keys = torch.cat((x, y)).float()
+    fits = num_expert_sqrt <= MOST_COLUMNS and math.isfinite(keys.sum())
+    if not fits or (keys[0] > 0).sum() < 2 * k:
         return _route_slice(x, y, k, rank_x, rank_y, looks=True)
-    values *= _ulps(num_expert_sqrt, x.device)
-    best, (rows, columns) = values.view(torch.int32).topk(min(k, num_expert_sqrt))
-    best_x, best_y = (best & (-1 << (16 if x.dtype == torch.bfloat16 else 13))).view(torch.float32)
-    sums = best_x.index_select(1, rank_x) + best_y.index_select(1, rank_y)
+    keys *= _ulps(num_expert_sqrt, x.device)
+    best, found = keys.view(torch.int32).topk(min(k, num_expert_sqrt))
+    values = (best & (-1 << (16 if x.dtype == torch.bfloat16 else 13))).view(torch.float32)
+    rows, columns = found[:num_tokens], found[num_tokens:]
+    sums = values[:num_tokens].index_select(1, rank_x) + values[num_tokens:].index_select(1, rank_y)
     low = torch.sub(0x7FFFFFFF - rank_y, rows.index_select(1, rank_x), alpha=num_expert_sqrt)
     packed = torch.add(low, sums.view(torch.int32), alpha=1 << 32).topk(k).values
     scores, row_and_rank = (packed >> 32).int().view(torch.float32), 0x7FFFFFFF - (packed & 0xFFFFFFFF)
     rank = row_and_rank % num_expert_sqrt
     indices = row_and_rank - rank + columns.gather(1, rank)
-    least = best[..., -1]
+    least = best[:, -1]
     if least.min() < LEAST_NORMAL:
-        tokens = (least < LEAST_NORMAL).any(0).nonzero()[:, 0]
+        tokens = (least < LEAST_NORMAL).view(2, -1).any(0).nonzero()[:, 0]
         scores[tokens], indices[tokens] = _route_slice(x[tokens], y[tokens], k, rank_x, rank_y, looks=True)
     return scores, indices
 
