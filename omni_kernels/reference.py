@@ -15,7 +15,7 @@ from .checks import check, check_matrix, check_normalize, check_scores_dtype
 # Tokens are routed in slices, so that the candidates of a long batch never sit in memory at once.
 CANDIDATES_PER_SLICE = 1 << 24
 FEW = 256  # experts a token whose pairs of ranks are kept
-MOST_COLUMNS = 1 << 12  # as many ulps are between fp16 logits
+COLUMN_BITS = 12  # as many fp32 numbers lie between neighbours in fp16
 LEAST_NORMAL = 0x00800000  # the bits of the least fp32 number that has all of its own
 
 
@@ -245,7 +245,7 @@ def _route_by_ulps(x, y, k, rank_x, rank_y):
     """
     num_tokens, num_expert_sqrt = x.shape
     keys = torch.cat((x, y)).float()
-    fits = num_expert_sqrt <= MOST_COLUMNS and math.isfinite(keys.sum())
+    fits = num_expert_sqrt <= 1 << COLUMN_BITS and math.isfinite(keys.sum())
     if not fits or (keys[0] > 0).sum() < 2 * k:
         return _route_slice(x, y, k, rank_x, rank_y, looks=True)
     keys *= _ulps(num_expert_sqrt, x.device)
@@ -253,11 +253,11 @@ def _route_by_ulps(x, y, k, rank_x, rank_y):
     values = (best & (-1 << (16 if x.dtype == torch.bfloat16 else 13))).view(torch.float32)
     rows, columns = found[:num_tokens], found[num_tokens:]
     sums = values[:num_tokens].index_select(1, rank_x) + values[num_tokens:].index_select(1, rank_y)
-    low = torch.sub(0x7FFFFFFF - rank_y, rows.index_select(1, rank_x), alpha=num_expert_sqrt)
+    low = torch.sub(0x7FFFFFFF - rank_y, rows.index_select(1, rank_x), alpha=1 << COLUMN_BITS)
     packed = torch.add(low, sums.view(torch.int32), alpha=1 << 32).topk(k).values
     scores, row_and_rank = (packed >> 32).int().view(torch.float32), 0x7FFFFFFF - (packed & 0xFFFFFFFF)
-    rank = row_and_rank % num_expert_sqrt
-    indices = row_and_rank - rank + columns.gather(1, rank)
+    column = columns.gather(1, row_and_rank & ((1 << COLUMN_BITS) - 1))
+    indices = torch.add(column, row_and_rank >> COLUMN_BITS, alpha=num_expert_sqrt)
     least = best[:, -1]
     if least.min() < LEAST_NORMAL:
         tokens = (least < LEAST_NORMAL).view(2, -1).any(0).nonzero()[:, 0]
