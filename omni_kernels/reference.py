@@ -246,7 +246,7 @@ def _route_by_ulps(x, y, k, rank_x, rank_y):
     num_tokens, num_expert_sqrt = x.shape
     keys = torch.cat((x, y)).float()
     fits = num_expert_sqrt <= 1 << COLUMN_BITS and math.isfinite(keys.sum())
-    if not fits or (keys[0] > 0).sum() < 2 * k:
+    if not fits or int((keys[0] > 0).sum()) < 2 * k:
         return _route_slice(x, y, k, rank_x, rank_y, looks=True)
     keys *= _ulps(num_expert_sqrt, x.device)
     best, found = keys.view(torch.int32).topk(min(k, num_expert_sqrt))
@@ -259,7 +259,7 @@ def _route_by_ulps(x, y, k, rank_x, rank_y):
     column = columns.gather(1, row_and_rank & ((1 << COLUMN_BITS) - 1))
     indices = torch.add(column, row_and_rank >> COLUMN_BITS, alpha=num_expert_sqrt)
     least = best[:, -1]
-    if least.min() < LEAST_NORMAL:
+    if int(least.min()) < LEAST_NORMAL:
         tokens = (least < LEAST_NORMAL).view(2, -1).any(0).nonzero()[:, 0]
         scores[tokens], indices[tokens] = _route_slice(x[tokens], y[tokens], k, rank_x, rank_y, looks=True)
     return scores, indices
