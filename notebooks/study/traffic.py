@@ -120,5 +120,5 @@ def owned_gigabytes(layer, num_ranks):
 
 
 def _span(least, most):
-    least, most = f"{least:.3g}", f"{most:.3g}"
+    least, most = reports.digits(least), reports.digits(most)
     return least if least == most else f"{least} to {most}"
