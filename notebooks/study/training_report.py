@@ -163,7 +163,7 @@ def training_table(rows):
         losses = group.test_loss
         lines.append((
             name, group.steps.iloc[-1], len(group), f"{group.step_ms.median():.2f}",
-            f"{group.peak_bytes.max() / 2**20:,.0f}", f"{group.parameters.iloc[-1]:,}",
+            f"{group.peak_bytes.max() / 2**20:,.0f}", f"{group.parameters.iloc[-1]:,.0f}",
             f"{losses.mean():.4f} ({losses.min():.4f} to {losses.max():.4f})", f"{group.largest_difference.max():.2g}",
         ))  # fmt: skip
     return markdown(["layer", "steps", "seeds", "a step, ms", "peak memory, MiB", "parameters of the layers",
