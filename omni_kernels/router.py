@@ -75,16 +75,15 @@ def omni_router(router_logits_x, router_logits_y, num_experts_per_token, scores_
         and is_ordinary(router_logits_x, router_logits_y, num_experts_per_token)
     ):
         return _TRACED(router_logits_x, router_logits_y, num_experts_per_token, router_logits_x.dtype)
-    if (
-        normalize is None
-        and is_plain(router_logits_x, router_logits_y)
-        and is_usual(router_logits_x, router_logits_y, num_experts_per_token)
-    ):
+    if is_plain(router_logits_x, router_logits_y) and is_usual(router_logits_x, router_logits_y, num_experts_per_token):
         if scores_dtype is None:
             scores_dtype = router_logits_x.dtype
         else:
             check_scores_dtype(scores_dtype)
-        return _OMNI_ROUTER(router_logits_x, router_logits_y, num_experts_per_token, scores_dtype, True)
+        if normalize is None:
+            return _OMNI_ROUTER(router_logits_x, router_logits_y, num_experts_per_token, scores_dtype, True)
+        check_normalize(normalize)
+        return _NORMALIZED(router_logits_x, router_logits_y, num_experts_per_token, scores_dtype, normalize, True)
     return _route(router_logits_x, router_logits_y, num_experts_per_token, scores_dtype, normalize)
 
 
