@@ -233,8 +233,8 @@ def _route_quickly(x, y, k, rank_x, rank_y):
     distinct = [values[:, :-1] > values[:, 1:] for values in (best_x, best_y, scores)]
     scores = scores[:, :k] + 0.0  # no -0.0
     if not (all(part.all() for part in distinct) and math.isfinite(sums.sum())):
-        tokens = (~(torch.cat(distinct, 1).all(1) & sums.isfinite().all(1))).nonzero()[:, 0]
-        scores[tokens], indices[tokens] = _route_slice(x[tokens], y[tokens], k, rank_x, rank_y, looks=True)
+        doubt = ~(torch.cat(distinct, 1).all(1) & sums.isfinite().all(1))
+        _route_again(doubt, scores, indices, x, y, k, rank_x, rank_y)
     return scores, indices
 
 
@@ -260,14 +260,20 @@ def _route_by_ulps(x, y, k, rank_x, rank_y):
     indices = torch.add(column, row_and_rank >> COLUMN_BITS, alpha=num_expert_sqrt)
     least = best[:, -1]
     if int(least.min()) < LEAST_NORMAL:
-        tokens = (least < LEAST_NORMAL).view(2, -1).any(0).nonzero()[:, 0]
-        scores[tokens], indices[tokens] = _route_slice(x[tokens], y[tokens], k, rank_x, rank_y, looks=True)
+        doubt = (least < LEAST_NORMAL).view(2, -1).any(0)
+        _route_again(doubt, scores, indices, x, y, k, rank_x, rank_y)
     return scores, indices
 
 
 @functools.lru_cache(16)
 def _ulps(num_columns, device):
     return torch.arange(num_columns - 1, -1, -1, device=device) * 2.0**-23 + 1
+
+
+def _route_again(doubt, scores, indices, x, y, k, rank_x, rank_y):
+    """Put the results of `_route_slice` in the place of those of the tokens in doubt."""
+    tokens = doubt.nonzero()[:, 0]
+    scores[tokens], indices[tokens] = _route_slice(x[tokens], y[tokens], k, rank_x, rank_y, looks=True)
 
 
 def _route_slice(x, y, k, rank_x, rank_y, looks=False):

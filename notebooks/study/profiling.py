@@ -154,18 +154,21 @@ def measure():
     with tables.recording("profile") as record:
         for name in names():
             sizes = {"num_tokens": FEW_TOKENS.get(name, speed.MAIN.num_tokens)}
-            refused += _profile(record, name, [sizes], lambda found: [found])
+            refused += _profile(record, name, [sizes])
     with tables.recording("profile_corners") as record:
-        refused += _profile(record, OMNI, CORNERS, lambda found: [[kernel] for kernel in found])
+        refused += _profile(record, OMNI, CORNERS)
     return "\n".join([f"{len(names()) + len(CORNERS)} calls to profile", *refused])
 
 
-def _profile(record, name, calls, parted):
-    """Record a row of each call. parted: the kernels of each, from all. What ncu said instead, in a list, if it did."""
+def _profile(record, name, calls):
+    """Record a row of one call, of all its kernels, or of several calls of one kernel each. Returns, in a list, what
+    ncu said instead, if it did."""
     run = subprocess.run(command(name, *calls), cwd=LADDER.parent, capture_output=True, encoding="utf-8", check=False)
     try:
-        for sizes, found in zip(calls, parted(kernels(run.stdout)), strict=True):
-            record({"rival": name, **speed.MAIN._replace(**sizes)._asdict(), **row_of(found)})
+        found = kernels(run.stdout)
+        parts = [found] if len(calls) == 1 else [[kernel] for kernel in found]
+        for sizes, part in zip(calls, parts, strict=True):
+            record({"rival": name, **speed.MAIN._replace(**sizes)._asdict(), **row_of(part)})
     except ValueError as error:
         return [f"{name}: {error} {run.stderr[-500:]}"]
     return []
