@@ -128,11 +128,6 @@ RIVALS = {
         "all N² sums",
         "Coordinates once, loads coalesced, a tile costs a round only where it beats the running best.",
     ),
-    LATER_PUBLIC: Rival(
-        later_public_kernels,
-        "compositions",
-        "`topk` of each factor by PyTorch; then k rounds over the k² sums of what is left, a token after the other.",
-    ),
     FACTORED: Rival(
         lambda x, y, k: product_keys(x, y, k, torch.topk),
         "compositions",
@@ -142,6 +137,11 @@ RIVALS = {
         lambda x, y, k: _compiled_product_keys()(x, y, k, torch.topk),
         "compositions",
         "Sums, gathers and casts fused by torch.compile; the selections are the library's.",
+    ),
+    LATER_PUBLIC: Rival(
+        later_public_kernels,
+        "compositions",
+        "`topk` of each factor by PyTorch; then k rounds over the k² sums of what is left, a token after the other.",
     ),
     QUACK: Rival(
         quack_factored,

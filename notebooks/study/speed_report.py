@@ -9,7 +9,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from .pictures import BLUE, GREEN, ORANGE, RED, finish, finish_labeled, fixed, panel_for_each_gpu
 from .reports import NO_RESULTS, groups, latest, markdown, microseconds, share
-from .rivals import ALL_SUMS, CASE, COMPILED, FACTORED, FRONTIER, OMNI, OPTIMIZED, ORIGINAL, QUACK, RIVALS, Case
+from .rivals import ALL_SUMS, CASE, COMPILED, FACTORED, FRONTIER, LADDER, OMNI, OPTIMIZED, ORIGINAL, QUACK, RIVALS, Case
 from .speed import MAIN, TIMED, examined, num_bytes
 
 NOISE = 1.02  # times that differ by less are the same
@@ -30,7 +30,7 @@ def ladder_table(rows):
     """The ladder of one GPU: each rung's time, how many times faster it is than the one above it in the list, its share
     of the floor's speed, how its result compares, and what is new in it."""
     lines, before = [], math.nan
-    for row in rows.itertuples():
+    for row in _in_order(rows).itertuples():
         why = RIVALS[row.rival].why
         if row.us == row.us:
             step = f"{before / row.us:.3g}×" if before == before else "–"
@@ -40,6 +40,11 @@ def ladder_table(rows):
             lines.append((row.rival, "–", "–", "–", row.error, why))
     return markdown(["rung", "µs", "faster than the rung before", "of the floor's speed", "result", "what is new"],
                     lines)  # fmt: skip
+
+
+def _in_order(rows):
+    """The rungs of one GPU from the first to the last: a new one is at the end of its table."""
+    return rows.sort_values("rival", key=lambda names: names.map(LADDER.index))
 
 
 def targets_table(rows):
@@ -118,6 +123,7 @@ def distance():
     """How the way from the first rung to the last divides among the families of rungs, in words."""
     lines = []
     for gpu, rows in groups(latest("ladder"), "gpu"):
+        rows = _in_order(rows)
         best = rows.groupby(rows.rival.map(lambda name: RIVALS[name].family), sort=False).us.min().dropna()
         before, steps = rows.us.dropna().iloc[0], []
         for family, us in best.items():
@@ -138,7 +144,7 @@ def losses():
                 slower = f"{times[OMNI] / times[best]:.3g} times the time of “{best}”"
                 found.append(f"{gpu}, {' '.join(map(str, case))}: omni_router takes {slower}")
     for gpu, rows in groups(latest("ladder"), "gpu"):
-        climbed = rows.dropna(subset="us")
+        climbed = _in_order(rows).dropna(subset="us")
         for before, rung in itertools.pairwise(climbed.itertuples()):
             if rung.us > NOISE * before.us:
                 found.append(f"{gpu}: “{rung.rival}” is slower than “{before.rival}”, the rung before it")
@@ -162,7 +168,7 @@ def draw_ladder(rows):
     rows = rows.dropna(subset="us")
     figure, panels = panel_for_each_gpu(rows, width=8, height=5.8)
     for axes, (_, group) in zip(panels, groups(rows, "gpu"), strict=True):
-        floor = group.floor_us.iloc[0]
+        group, floor = _in_order(group), group.floor_us.iloc[0]
         for place, row in enumerate(group.itertuples()):
             color, marker = FAMILIES[RIVALS[row.rival].family]
             axes.plot([floor, row.us], [place, place], color=color, linewidth=2.5, alpha=0.45)
@@ -176,7 +182,7 @@ def draw_ladder(rows):
         axes.set_yticks(range(len(group)), group.rival)
         axes.set_ylim(len(group) - 0.4, -1.2)
         axes.grid(False, axis="y")
-    families = dict.fromkeys(RIVALS[name].family for name in rows.rival)
+    families = dict.fromkeys(RIVALS[name].family for name in _in_order(rows).rival)
     handles = [plt.Line2D([], [], color=FAMILIES[name][0], marker=FAMILIES[name][1], markersize=7) for name in families]
     panels[0].legend(handles, families, loc="lower right", fontsize=9)
     return finish(figure)
