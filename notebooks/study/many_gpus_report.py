@@ -25,8 +25,8 @@ def link_table(rows):
     lines = []
     for row in rows.itertuples():
         speeds = f"{1e3 * row.megabytes / row.us:.3g}"
-        lines.append((row.rival, f"{row.megabytes:,.3g}", reports.microseconds(row.us), speeds, row.check))
-    return reports.markdown(["", "a GPU sends, MB", "µs", "GB/s, each way", "result"], lines)
+        lines.append((row.rival, f"{1e6 * row.megabytes:,.0f}", reports.microseconds(row.us), speeds, row.check))
+    return reports.markdown(["", "a GPU sends, bytes", "µs", "GB/s, each way", "result"], lines)
 
 
 def draw_targets(rows):

@@ -76,11 +76,11 @@ def spread(k, num_ranks, hidden, size=2):
 
 
 def link_of(rows):
-    """Latency and bandwidth as the table many_gpus has them, of its last run; an example if it has none."""
+    """Latency and bandwidth of the first GPU in rows of the table many_gpus, of its last run; an example without one."""
     rows = rows[rows.case == many_gpus.LINKS] if len(rows) else rows
     if rows.empty:
         return EXAMPLE
-    rows = rows[rows.gpu == rows.gpu.iloc[-1]].drop_duplicates("rival", keep="last").sort_values("megabytes")
+    rows = rows[rows.gpu == rows.gpu.iloc[0]].drop_duplicates("rival", keep="last").sort_values("megabytes")
     large = rows.iloc[-1]
     gbs = 1e3 * large.megabytes / large.us
     return Link(float(rows.us.iloc[0]), float(gbs), f"Measured, {reports.describe(rows)}")
