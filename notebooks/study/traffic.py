@@ -76,7 +76,7 @@ def spread(k, num_ranks, hidden, size=2):
 
 
 def link_of(rows):
-    """Latency and bandwidth of the first GPU in rows of the table many_gpus, of its last run; an example without one."""
+    """Latency and bandwidth of the first GPU in rows of the table many_gpus, in its last run; else an example."""
     rows = rows[rows.case == many_gpus.LINKS] if len(rows) else rows
     if rows.empty:
         return EXAMPLE
