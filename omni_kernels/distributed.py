@@ -154,6 +154,8 @@ def dispatch(hidden, scores, indices, num_experts, group=None):
     received_rows, received_pairs, most = (list(part) for part in zip(*(row[-3:] for row in received), strict=True))
     pairs, tokens, codes, token_rows = sending.plan(sum(sent_rows), sum(sent_pairs))
     codes = _all_to_all(codes, sent_pairs, received_pairs, group)
+    matrix = hidden.reshape(len(token_rows), hidden.shape[-1])
+    arrive = _start(matrix.detach()[tokens], sent_rows, received_rows, group)  # while pairs are put in order
     local, order, positions, rows, row_pairs = _receive(codes, sum(received_rows), max(most))
     every_expert = torch.arange(len(expert_range(num_experts, rank, num_ranks)) + 1, device=device)
     offsets = torch.searchsorted(local, every_expert.int(), out_int32=True)
@@ -174,10 +176,9 @@ def dispatch(hidden, scores, indices, num_experts, group=None):
         hidden.dtype,
     )
     first = 1 + len(ALIKE)
-    hidden = _requiring(hidden, any(row[first] for row in received))
+    matrix = _requiring(matrix, any(row[first] for row in received))
     scores = _requiring(scores, any(row[first + 1] for row in received))
-    matrix = hidden.reshape(len(token_rows), hidden.shape[-1])
-    vectors, scores = _Dispatch.apply(matrix, scores.flatten(), exchange)
+    vectors, scores = _Dispatch.apply(matrix, scores.flatten(), exchange, arrive)
     return Dispatched(vectors, rows, local, scores, offsets, exchange)
 
 
@@ -216,13 +217,15 @@ def combine(outputs, dispatched):
         wanted = enabled and outputs.requires_grad
     except (TypeError, ValueError) as error:
         refusal, refused = error, refusal_code(error)
-    facts = [enabled, wanted]
-    _, received = consult(exchange.group, backends_of(exchange.group), device, refused, facts)
+    hear = prepare(exchange.group, backends_of(exchange.group), device, refused, [enabled, wanted])()
+    if refusal is None:  # meanwhile
+        sums = row_sums(outputs.detach(), exchange.row_pairs, torch.float32, dispatched.scores.detach())
+    received = hear()[1].tolist()
     raise_together(refusal, received)
     if len({row[1] for row in received}) > 1:
         raise ValueError("torch.is_grad_enabled() must be the same on every rank")
     outputs = _requiring(outputs, any(row[2] for row in received))
-    return _Combine.apply(outputs, dispatched.scores, exchange).view(exchange.shape)
+    return _Combine.apply(outputs, dispatched.scores, exchange, sums).view(exchange.shape)
 
 
 # What ranks tell each other first ------------------------------------------------------------------------------------
@@ -304,8 +307,11 @@ class _Sending:
 
     def __init__(self, experts, num_experts, num_ranks):
         self.num_ranks, self.k, device = num_ranks, experts.shape[1], experts.device
-        none = (experts < 0) | (experts >= num_experts)
-        self.experts, self.slots = experts.masked_fill(none, num_experts).sort(dim=1, stable=True)
+        k, none = max(self.k, 1), (experts < 0) | (experts >= num_experts)
+        # No two keys are equal: a stable sort of short rows takes a GPU six times as long as another.
+        keys = experts.masked_fill(none, num_experts) * k + torch.arange(self.k, device=device)
+        keys = keys.sort(dim=1).values
+        self.experts, self.slots = keys // k, keys % k
         owners = self.experts * num_ranks // num_experts  # num_ranks where there is no expert: these sort last
         self.starts = owners < num_ranks  # the first pair of a token at a rank
         self.starts[:, 1:] &= owners[:, 1:] != owners[:, :-1]
@@ -360,24 +366,33 @@ def _places(starts, rows):
 
 def _all_to_all(values, sent, received, group):
     """What the ranks have for this one. sent, received: how many for each rank and from each."""
-    answer = values.new_empty((sum(received), *values.shape[1:]))
-    dist.all_to_all_single(answer, values.contiguous(), received, sent, group=group)
-    return answer
+    return _start(values, sent, received, group)()
+
+
+def _start(values, sent, received, group):
+    """`_all_to_all` begun: a function that waits for it and gives what came."""
+    answer, values = values.new_empty((sum(received), *values.shape[1:])), values.contiguous()
+    work = dist.all_to_all_single(answer, values, received, sent, group=group, async_op=True)
+
+    def arrive():
+        work.wait()
+        return answer
+
+    return arrive
 
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, scores, exchange):
+    def forward(ctx, hidden, scores, exchange, arrive):
         ctx.exchange, ctx.num_scores = exchange, len(scores)
-        hidden = _all_to_all(hidden[exchange.tokens], exchange.sent_rows, exchange.received_rows, exchange.group)
         scores = _all_to_all(scores[exchange.pairs], exchange.sent_pairs, exchange.received_pairs, exchange.group)
-        return hidden, scores[exchange.order]
+        return arrive(), scores[exchange.order]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_hidden, grad_scores):
         exchange = ctx.exchange
-        need_hidden, need_scores, _ = ctx.needs_input_grad  # the same on all ranks
+        need_hidden, need_scores, *_ = ctx.needs_input_grad  # the same on all ranks
         hidden = scores = None
         if need_hidden:
             hidden = _all_to_all(grad_hidden, exchange.received_rows, exchange.sent_rows, exchange.group)
@@ -386,7 +401,7 @@ class _Dispatch(torch.autograd.Function):
             grad_scores = grad_scores[exchange.positions]
             grad_scores = _all_to_all(grad_scores, exchange.received_pairs, exchange.sent_pairs, exchange.group)
             scores = grad_scores.new_zeros(ctx.num_scores).scatter(0, exchange.pairs, grad_scores)
-        return hidden, scores, None
+        return hidden, scores, None, None
 
 
 class _Gather(torch.autograd.Function):
@@ -403,10 +418,9 @@ class _Gather(torch.autograd.Function):
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, outputs, scores, exchange):
+    def forward(ctx, outputs, scores, exchange, sums):
         ctx.exchange = exchange
         ctx.save_for_backward(outputs, scores)
-        sums = row_sums(outputs, exchange.row_pairs, torch.float32, scores)
         sums = _all_to_all(sums, exchange.received_rows, exchange.sent_rows, exchange.group)
         return row_sums(sums, exchange.token_rows, exchange.dtype)
 
@@ -416,7 +430,7 @@ class _Combine(torch.autograd.Function):
         exchange, (outputs, scores) = ctx.exchange, ctx.saved_tensors
         grad = _all_to_all(grad[exchange.tokens], exchange.sent_rows, exchange.received_rows, exchange.group)
         grad = grad[exchange.rows].float()
-        need_outputs, need_scores, _ = ctx.needs_input_grad
+        need_outputs, need_scores, *_ = ctx.needs_input_grad
         grad_outputs = (grad * scores.float()[:, None]).to(outputs.dtype) if need_outputs else None
         grad_scores = (grad * outputs.float()).sum(1).to(scores.dtype) if need_scores else None
-        return grad_outputs, grad_scores, None
+        return grad_outputs, grad_scores, None, None
