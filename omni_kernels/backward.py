@@ -30,7 +30,7 @@ import triton.language as tl
 
 from .configs import device_of, kernel_input, on_nvidia, output_dtype
 from .factored.plan import OVER_ALL, Launch, Launches, Plan, launch, new_matrices
-from .factored.ptx import allocate_rows, load_words, store_words, sync_warp, unpack_word
+from .factored.ptx import allocate_rows, load_words, store, sync_warp, unpack_word
 from .factored.softmax import LOG2E, origin_of_row
 
 ROW_WORDS = 4096  # sums a warp holds in shared memory at once, of both factors: of 16 KiB a dozen fit an H100's SM
@@ -111,11 +111,6 @@ def _shares(saved_ptr, tokens, factor, given, mask):
     """origin and weight: a logit of the row loses exp(logit - origin) * weight."""
     largest, total = _saved_of_rows(saved_ptr, tokens, factor, mask)
     return origin_of_row(largest), tl.where(largest == float("-inf"), 0.0, given / total)
-
-
-@triton.jit
-def _store_word(address, word):
-    tl.inline_asm_elementwise("st.shared.b32 [$1], $2; mov.u32 $0, 0;", "=r,r,r", [address, word], tl.int32, False, 1)
 
 
 @triton.jit
@@ -263,12 +258,12 @@ def shared_kernel(
     given = lane * 0.0
     zero = lane * 0
     for step in tl.static_range(SLOTS // 512):
-        store_words(buffer + lane * 16 + step * 512, (zero, zero, zero, zero))
+        store(buffer + lane * 16 + step * 512, (zero, zero, zero, zero))
     for start in range(TILE_K, num_experts_per_token + TILE_K, TILE_K):
         sync_warp(lane)  # the slots before these have been added
-        _store_word(place, grad.to(tl.int32, bitcast=True))
-        _store_word(place + TILE_M * PITCH, (experts // NUM_EXPERT_SQRT - first_column) * 4)
-        _store_word(place + 2 * TILE_M * PITCH, (experts % NUM_EXPERT_SQRT - first_column) * 4)
+        store(place, (grad.to(tl.int32, bitcast=True),))
+        store(place + TILE_M * PITCH, ((experts // NUM_EXPERT_SQRT - first_column) * 4,))
+        store(place + 2 * TILE_M * PITCH, ((experts % NUM_EXPERT_SQRT - first_column) * 4,))
         sync_warp(lane)
         mask = (rows < num_rows) & (start + slots < num_experts_per_token)
         ptrs = grad_ptrs + start.to(tl.int64) * stride_gk
@@ -287,7 +282,7 @@ def shared_kernel(
     if PLAN.sums_rows:
         row, factor = lane % TILE_M, tl.minimum(lane // TILE_M, 1)
         origin, weight = _shares(saved_ptr, first_token + row, factor, given, row < num_rows)
-        store_words(buffer + SHARES + lane * 16, _bits((origin, weight, weight, weight)))
+        store(buffer + SHARES + lane * 16, _bits((origin, weight, weight, weight)))
     sync_warp(lane)
 
     DTYPE: tl.constexpr = grad_x_ptr.dtype.element_ty

@@ -34,12 +34,10 @@ from .ptx import (
     allocate_private,
     allocate_rows,
     hide,
-    load_private,
-    load_shared,
+    load,
     partner,
-    store_private,
+    store,
     store_row,
-    store_shared,
     sync_warp,
 )
 from .rows import lowest_keys, row_alignment, rows_of_lanes, sorted_group
@@ -125,17 +123,17 @@ def _merge_lists(heads, target, shared_target, writes, PLAN):
     """
     keys = ()
     for i in tl.static_range(len(heads)):
-        keys = keys + (load_private(heads[i], PLAN.key_bytes * 8),)
+        keys = keys + (load(heads[i], PLAN.key_bytes * 8, "local"),)
     least = lowest(keys[0], PLAN)
     for rank in tl.range(PLAN.ranks):
         best = sort(keys, 1, PLAN)[0]
-        store_private(target + rank * PLAN.key_bytes, best)
-        store_shared(shared_target + rank * PLAN.step, best, PLAN.key_bytes * 8, writes)
+        store(target + rank * PLAN.key_bytes, (best,), SPACE="local")
+        store(shared_target + rank * PLAN.step, (best,), writes)
         taken, moves = heads[0], ()
         for i in tl.static_range(len(heads)):
             moves = moves + ((keys[i] == best) & is_less(least, best, PLAN),)
             taken = tl.where(moves[i], heads[i], taken)
-        following = load_private(taken + PLAN.key_bytes, PLAN.key_bytes * 8)
+        following = load(taken + PLAN.key_bytes, PLAN.key_bytes * 8, "local")
         next_keys, next_heads = (), ()
         for i in tl.static_range(len(heads)):
             next_keys = next_keys + (tl.where(moves[i], following, keys[i]),)
@@ -153,14 +151,14 @@ def _sorted_piece(row_ptrs, stride_n, wanted, PLAN):
 @triton.jit
 def _load(address, PLAN):
     """The value and the index of a key in shared memory."""
-    return unpack(load_shared(address, 8 * PLAN.key_bytes), PLAN.element_ty, PLAN)
+    return unpack(load(address, 8 * PLAN.key_bytes), PLAN.element_ty, PLAN)
 
 
 @triton.jit
 def _pair(fixed_list, moving_list, fixed, moving, odd, PLAN):
     """The key of a pair. A rank is given as 255 - rank, as keys have it: that in x is `fixed`, or if odd `moving`."""
-    fixed_key = load_shared(fixed_list + (255 - fixed) * PLAN.step, 8 * PLAN.key_bytes)
-    moving_key = load_shared(moving_list + (255 - moving) * PLAN.step, 8 * PLAN.key_bytes)
+    fixed_key = load(fixed_list + (255 - fixed) * PLAN.step, 8 * PLAN.key_bytes)
+    moving_key = load(moving_list + (255 - moving) * PLAN.step, 8 * PLAN.key_bytes)
     row = unpack(tl.where(odd, moving_key, fixed_key), PLAN.element_ty, PLAN)[1]
     low = ((0xFFFF - row) << 16) | tl.where(odd, (fixed << 8) | moving, (moving << 8) | fixed)
     fixed_value, moving_value = (
@@ -173,7 +171,7 @@ def _pair(fixed_list, moving_list, fixed, moving, odd, PLAN):
 @triton.jit
 def _taken(pair, x_list, y_list, PLAN):
     """Both logits, the row and the column of a pair that was taken, of which `pair` is where its ranks are."""
-    ranks = 0xFFFF - load_shared(pair, 16)
+    ranks = 0xFFFF - load(pair, 16)
     value_x, row = _load(x_list + (ranks & 255) * PLAN.step, PLAN)
     value_y, column = _load(y_list + (ranks >> 8) * PLAN.step, PLAN)
     return value_x, value_y, row, column
@@ -215,7 +213,7 @@ def _take_by_rows(pairs, x_list, PLAN):
         for i in tl.static_range(5):
             best = sort((best, partner(best, 1 << i, PLAN)), 1, PLAN)[0]
         popped = unpack_wide(best, PLAN)[1]
-        store_shared(pairs + slot * 2, popped, 16, tl.arange(0, 32) == 0)
+        store(pairs + slot * 2, (popped.to(tl.int16),), tl.arange(0, 32) == 0)
         rank_x, rank_y = 255 - (popped & 255), 256 - ((popped >> 8) & 255)  # of the pair that follows in its row
         key = _pair(x_list, y_list, 255 - rank_x, 255 - tl.minimum(rank_y, RANKS - 1), rank_x < 0, PLAN)
         inside = ((rank_x + 1) * (rank_y + 1) <= PLAN.k) & (rank_y < RANKS)
@@ -269,7 +267,7 @@ def frontier_kernel(
     own_list, other_list = lists + lane * KEY_BYTES, lists + (lane ^ 1) * KEY_BYTES
     # Past the end of a list everything is -inf.
     end = pack(tl.full((32,), float("-inf"), tl.float32), lane * 0, PLAN.element_ty, PLAN)
-    store_shared(own_list + RANKS * PLAN.step, end, KEY_BYTES * 8, writes)
+    store(own_list + RANKS * PLAN.step, (end,), writes)
 
     least = lowest(lane.to(tl.int64) if PLAN.element_ty == tl.float32 else lane, PLAN)
     if PLAN.in_registers:
@@ -278,7 +276,7 @@ def frontier_kernel(
             piece_keys = _sorted_piece(row_ptrs, stride_n, hide(lane * 0 + piece * PLAN.piece), PLAN)
             top = merge_best(top + piece_keys[:RANKS], RANKS, RANKS, PLAN)
         for rank in tl.static_range(RANKS):
-            store_shared(own_list + rank * PLAN.step, top[rank], KEY_BYTES * 8, writes)
+            store(own_list + rank * PLAN.step, (top[rank],), writes)
     else:
         # Pieces, and between tiles the best so far, are a lane's own business.
         PIECE: tl.constexpr = PLAN.piece
@@ -289,16 +287,16 @@ def frontier_kernel(
         private = allocate_private(lane, PIECES * PITCH + 2 * LIST)
         source, target = private + PIECES * PITCH, private + PIECES * PITCH + LIST
         for piece in tl.static_range(PIECES):
-            store_private(private + piece * PITCH + PIECE * KEY_BYTES, least)
-        store_private(source, least)  # nothing is best yet
-        store_private(source + RANKS * KEY_BYTES, least)
-        store_private(target + RANKS * KEY_BYTES, least)
+            store(private + piece * PITCH + PIECE * KEY_BYTES, (least,), SPACE="local")
+        store(source, (least,), SPACE="local")  # nothing is best yet
+        store(source + RANKS * KEY_BYTES, (least,), SPACE="local")
+        store(target + RANKS * KEY_BYTES, (least,), SPACE="local")
         for tile in tl.range(TILES):
             for part in tl.range(PIECES):
                 wanted = lane * 0 + (tile * PIECES + part) * PIECE
                 piece_keys = _sorted_piece(row_ptrs, stride_n, wanted, PLAN)
                 for i in tl.static_range(PIECE):
-                    store_private(private + part * PITCH + i * KEY_BYTES, piece_keys[i])
+                    store(private + part * PITCH + i * KEY_BYTES, (piece_keys[i],), SPACE="local")
             heads = (source,) if TILES > 1 else ()
             for piece in tl.static_range(PIECES):
                 heads = heads + (private + piece * PITCH,)
@@ -317,7 +315,7 @@ def frontier_kernel(
             value, index = _load(own_list + place * PLAN.step, PLAN)
             nan_key = pack(value + float("nan"), index, PLAN.element_ty, PLAN)
             sync_warp(lane)  # after the others' loads
-            store_shared(own_list + place * PLAN.step, nan_key, KEY_BYTES * 8, writes & poisoned)
+            store(own_list + place * PLAN.step, (nan_key,), writes & poisoned)
         sync_warp(lane)
     # Sums of one column tie where they round to the same, or are infinite. (Of -inf ones, `fill_masked` takes care.)
     largest, limit = _spread(own_list, PLAN)
@@ -334,7 +332,7 @@ def frontier_kernel(
             total = total_of_strided_segment(
                 row_ptrs, stride_n, lane * 0, PLAN.num_expert_sqrt, lane * 0, largest, PLAN
             )
-        store_shared(totals + lane * 4, total.to(tl.int32, bitcast=True), 32, writes)
+        store(totals + lane * 4, (total.to(tl.int32, bitcast=True),), writes)
 
     pairs = out + lane // 2 * PLAN.pair_pitch
     heads = ()
@@ -347,7 +345,7 @@ def frontier_kernel(
         rival = partner(heads[0], 1, PLAN)
         wins = is_less(rival, heads[0], PLAN)
         popped = unpack_wide(tl.where(wins, heads[0], rival), PLAN)[1]
-        store_shared(pairs + slot * 2, popped, 16, writes & ~odd)
+        store(pairs + slot * 2, (popped.to(tl.int16),), writes & ~odd)
         ranks = unpack_wide(heads[0], PLAN)[1]
         fixed, moving = (ranks >> tl.where(odd, 8, 0)) & 255, (ranks >> tl.where(odd, 0, 8)) & 255
         moving = tl.maximum(
@@ -366,7 +364,7 @@ def frontier_kernel(
         if PLAN.normalize is not None:
             best_x, best_y = _load(token_list, PLAN)[0], _load(token_list + KEY_BYTES, PLAN)[0]
             if PLAN.sums_rows:
-                of_x, of_y = load_shared(totals + token * 8, 32), load_shared(totals + token * 8 + 4, 32)
+                of_x, of_y = load(totals + token * 8, 32), load(totals + token * 8 + 4, 32)
                 product = of_x.to(tl.float32, bitcast=True) * of_y.to(tl.float32, bitcast=True)
             else:
                 integers = tl.zeros((32,), tl.int64)

@@ -27,12 +27,11 @@ from .ptx import (
     copy_columns,
     copy_rows,
     hide,
-    load_shared,
     load_value,
     partner,
     partners,
+    store,
     store_row,
-    store_shared,
     sync_warp,
     turn_columns,
     wait_for_rows,
@@ -238,13 +237,10 @@ def _ratios_of_pairs(indices, x_row, y_row, stride_xn, stride_yn, best_x, best_y
 @triton.jit
 def _logit(row, column, stride_n, PLAN):
     """One logit, as fp32, of a row in global memory, or at an address in shared memory."""
-    if row.dtype != tl.int32:
-        return load_value(row + column.to(tl.int64) * stride_n, PLAN)
-    bits = load_shared(row + column * PLAN.itemsize, 8 * PLAN.itemsize)
-    if PLAN.itemsize == 4:
-        return bits.to(tl.float32, bitcast=True)
+    if row.dtype == tl.int32:
+        return load_value(row + column * PLAN.itemsize, PLAN)
     else:
-        return bits.to(tl.int16).to(PLAN.element_ty, bitcast=True).to(tl.float32)
+        return load_value(row + column.to(tl.int64) * stride_n, PLAN)
 
 
 @triton.jit
@@ -392,7 +388,7 @@ def lanes_kernel(
         columns = buffer + (lane | 1) * PLAN.pitch
         for rank in tl.static_range(RANKS):
             column = unpack(best[rank], PLAN.element_ty, PLAN)[1]
-            store_shared(buffer + lane * PLAN.pitch + rank * 4, column, 32, lane >= 0)
+            store(buffer + lane * PLAN.pitch + rank * 4, (column,))
         sync_warp(lane)
     scores, indices, lost = select_pairs(best, poison, odd, columns, PLAN.short_pairs, PLAN, one)
     SLOTS: tl.constexpr = PLAN.k // 2 if PLAN.split else PLAN.k

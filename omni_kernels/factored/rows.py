@@ -24,7 +24,7 @@ from .ptx import (
     load_value,
     load_words,
     operands,
-    store_shared,
+    store,
     transpose_halves,
     turn_columns,
     unpack_word,
@@ -284,7 +284,7 @@ def best_in_loops(row, buffer, num_tokens, PLAN, one):
         numbers = chunks[i] & 0xFF
         for byte in tl.static_range(1, 4):
             numbers = numbers | ((chunks[i + byte] & 0xFF) << (8 * byte))
-        store_shared(row + (BEHIND + i), numbers, 32, none == 0)
+        store(row + (BEHIND + i), (numbers,))
     best = lowest_keys(none, PLAN.listed, PLAN)
     NUMBER: tl.constexpr = (1 << min(index_bits(PLAN.chunk_key), 8)) - 1
     STEP: tl.constexpr = PLAN.group // PLAN.chunk
