@@ -30,7 +30,7 @@ import triton.language as tl
 
 from .configs import device_of, kernel_input, on_nvidia, output_dtype
 from .factored.plan import OVER_ALL, Launch, Launches, Plan, launch, new_matrices
-from .factored.ptx import allocate_rows, load_words, store, sync_warp, unpack_word
+from .factored.ptx import allocate_rows, load_words, store, sync_warp, unpack_words
 from .factored.softmax import LOG2E, origin_of_row
 
 ROW_WORDS = 4096  # sums a warp holds in shared memory at once, of both factors: of 16 KiB a dozen fit an H100's SM
@@ -191,9 +191,7 @@ def _logits_ahead(x_ptr, y_ptr, start, some, end, PLAN):
 def _less_shares(sums, words, shares, PLAN):
     """Four sums without what their logits, in words, lose."""
     origin, weight, _, _ = _load_numbers(shares)
-    logits, less = (), ()
-    for i in tl.static_range(len(words)):
-        logits = logits + unpack_word(words[i], PLAN.element_ty)
+    logits, less = unpack_words(words, PLAN.element_ty), ()
     for i in tl.static_range(4):
         less = less + (sums[i] - tl.exp2((logits[i] - origin) * LOG2E) * weight,)
     return less

@@ -11,6 +11,7 @@ arguments, looking at each of them, looking up the binary.
 
 import contextlib
 import dataclasses
+import math
 import sys
 import threading
 
@@ -98,6 +99,11 @@ class Plan(dict):
     def ranks(self):
         """How many columns of a row can be among the k best pairs."""
         return min(self.k, self.num_expert_sqrt)
+
+    @property
+    def side(self):
+        """The rows of a lane's half of the staircase."""
+        return min(math.isqrt(self.k), self.num_expert_sqrt)
 
 
 @dataclasses.dataclass(frozen=True)

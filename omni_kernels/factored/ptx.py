@@ -337,15 +337,19 @@ def load_value(place, PLAN):
 
 
 @triton.jit
-def unpack_word(word, DTYPE):
-    """A 32-bit word -> the fp32 values of the one or two logits in it."""
-    if DTYPE == tl.float32:
-        return (word.to(tl.float32, bitcast=True),)
-    elif DTYPE == tl.bfloat16:
-        return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
-    else:
-        low, high = word.to(tl.int16).to(DTYPE, bitcast=True), (word >> 16).to(tl.int16).to(DTYPE, bitcast=True)
-        return low.to(tl.float32), high.to(tl.float32)
+def unpack_words(words, DTYPE):
+    """A tuple of 32-bit words -> one of the fp32 values of the one or two logits in each."""
+    values = ()
+    for i in tl.static_range(len(words)):
+        word = words[i]
+        if DTYPE == tl.float32:
+            values = values + (word.to(tl.float32, bitcast=True),)
+        elif DTYPE == tl.bfloat16:
+            values = values + ((word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True))
+        else:
+            low, high = word.to(tl.int16).to(DTYPE, bitcast=True), (word >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+            values = values + (low.to(tl.float32), high.to(tl.float32))
+    return values
 
 
 @triton.jit
