@@ -116,10 +116,7 @@ def _shares(saved_ptr, tokens, factor, given, mask):
 @triton.jit
 def _load_numbers(address):
     """A tuple of 4 fp32 numbers."""
-    words, numbers = load_words(address, 4), ()
-    for i in tl.static_range(4):
-        numbers = numbers + (words[i].to(tl.float32, bitcast=True),)
-    return numbers
+    return tl.tuple([word.to(tl.float32, bitcast=True) for word in load_words(address, 4)])
 
 
 @triton.jit
@@ -167,15 +164,6 @@ def _store_sums(pointer, OFFSET, sums, mask, DTYPE):
 
 
 @triton.jit
-def _bits(numbers):
-    """A tuple of fp32 numbers as words."""
-    words = ()
-    for i in tl.static_range(len(numbers)):
-        words = words + (numbers[i].to(tl.int32, bitcast=True),)
-    return words
-
-
-@triton.jit
 def _logits_ahead(x_ptr, y_ptr, start, some, end, PLAN):
     """The logits of the next steps, of which each lane has four columns: a tuple of words of x and of y for each. What
     is past the end is read from before it instead."""
@@ -191,10 +179,8 @@ def _logits_ahead(x_ptr, y_ptr, start, some, end, PLAN):
 def _less_shares(sums, words, shares, PLAN):
     """Four sums without what their logits, in words, lose."""
     origin, weight, _, _ = _load_numbers(shares)
-    logits, less = unpack_words(words, PLAN.element_ty), ()
-    for i in tl.static_range(4):
-        less = less + (sums[i] - tl.exp2((logits[i] - origin) * LOG2E) * weight,)
-    return less
+    logits = unpack_words(words, PLAN.element_ty)
+    return tl.tuple([sums[i] - tl.exp2((logits[i] - origin) * LOG2E) * weight for i in tl.tuple(range(4))])
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -280,7 +266,8 @@ def shared_kernel(
     if PLAN.sums_rows:
         row, factor = lane % TILE_M, tl.minimum(lane // TILE_M, 1)
         origin, weight = _shares(saved_ptr, first_token + row, factor, given, row < num_rows)
-        store(buffer + SHARES + lane * 16, _bits((origin, weight, weight, weight)))
+        shares = [number.to(tl.int32, bitcast=True) for number in (origin, weight, weight, weight)]
+        store(buffer + SHARES + lane * 16, shares)
     sync_warp(lane)
 
     DTYPE: tl.constexpr = grad_x_ptr.dtype.element_ty

@@ -103,9 +103,8 @@ def _merge_lists(heads, target, shared_target, writes, PLAN):
         best = sort(keys, 1, PLAN)[0]
         ptx.store(target + rank * PLAN.key_bytes, (best,), SPACE="local")
         ptx.store(shared_target + rank * PLAN.step, (best,), writes)
-        taken, moves = heads[0], ()
+        taken, moves = heads[0], [(key == best) & is_less(least, best, PLAN) for key in keys]
         for i in tl.static_range(len(heads)):
-            moves = moves + ((keys[i] == best) & is_less(least, best, PLAN),)
             taken = tl.where(moves[i], heads[i], taken)
         following = ptx.load(taken + PLAN.key_bytes, PLAN.key_bytes * 8, "local")
         next_keys, next_heads = (), ()
@@ -150,12 +149,6 @@ def _taken(pair, x_list, y_list, PLAN):
 
 
 @triton.jit
-def _sum_of_taken(pair, x_list, y_list, PLAN):
-    value_x, value_y, _, _ = _taken(pair, x_list, y_list, PLAN)
-    return value_x + value_y
-
-
-@triton.jit
 def _replace_best(keys, key, PLAN):
     """Put a key in the place of the first of a descending tuple, and the tuple in order again."""
     if len(keys) == 1:
@@ -183,7 +176,7 @@ def _take_by_rows(pairs, x_list, PLAN):
         for i in tl.static_range(5):
             best = sort((best, ptx.partner(best, 1 << i, PLAN)), 1, PLAN)[0]
         popped = unpack_wide(best, PLAN)[1]
-        ptx.store(pairs + slot * 2, (popped.to(tl.int16),), tl.arange(0, 32) == 0)
+        ptx.store(pairs + slot * 2, (popped,), tl.arange(0, 32) == 0, BITS=16)
         rank_x, rank_y = 255 - (popped & 255), 256 - ((popped >> 8) & 255)  # of the pair that follows in its row
         key = _pair(x_list, y_list, 255 - rank_x, 255 - tl.minimum(rank_y, RANKS - 1), rank_x < 0, PLAN)
         inside = ((rank_x + 1) * (rank_y + 1) <= PLAN.k) & (rank_y < RANKS)
@@ -313,7 +306,7 @@ def frontier_kernel(
         rival = ptx.partner(heads[0], 1, PLAN)
         wins = is_less(rival, heads[0], PLAN)
         popped = unpack_wide(tl.where(wins, heads[0], rival), PLAN)[1]
-        ptx.store(pairs + slot * 2, (popped.to(tl.int16),), writes & ~odd)
+        ptx.store(pairs + slot * 2, (popped,), writes & ~odd, BITS=16)
         ranks = unpack_wide(heads[0], PLAN)[1]
         fixed, moving = (ranks >> tl.where(odd, 8, 0)) & 255, (ranks >> tl.where(odd, 0, 8)) & 255
         moving = tl.maximum(moving - 1, 255 - min(RANKS, 255))  # up to where a row ends, as keys have ranks
@@ -364,13 +357,14 @@ def frontier_kernel(
         of_row = (largest, total if PLAN.sums_rows else largest)
         ptx.store_row(saved_ptr + tokens * 4 + lane % 2 * 2, of_row, writes & (tokens < num_tokens), PLAN)
 
-    worst = _sum_of_taken(pairs + (K - 1) * 2, x_list, y_list, PLAN)
+    value_x, value_y, _, _ = _taken(pairs + (K - 1) * 2, x_list, y_list, PLAN)
+    worst = value_x + value_y
     fill = (tokens < num_tokens) & (first_x < float("inf")) & (first_y < float("inf")) & (worst == float("-inf"))
     if tl.max(fill.to(tl.int32), 0) != 0:
         num_finite = tl.zeros_like(lane)
         for slot in tl.range(K):
-            score = _sum_of_taken(pairs + slot * 2, x_list, y_list, PLAN)
-            num_finite += (score > float("-inf")).to(tl.int32)
+            value_x, value_y, _, _ = _taken(pairs + slot * 2, x_list, y_list, PLAN)
+            num_finite += (value_x + value_y > float("-inf")).to(tl.int32)
         ptx.sync_warp(lane)  # after the others' stores
         fill_masked(
             x_ptrs, y_ptrs, indices_ptr + tokens * K, stride_xn, stride_yn, num_finite, fill & writes & ~odd, PLAN

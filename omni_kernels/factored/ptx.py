@@ -269,16 +269,16 @@ def load(address, BITS, SPACE=None):
 
 
 @triton.jit
-def store(address, words, mask=None, SPACE=None):
-    """Store a tuple of words of 16, 32 or 64 bits, each behind the other.
+def store(address, words, mask=None, BITS=None, SPACE=None):
+    """Store a tuple of words of 16, 32 or 64 bits, or the lower BITS of each, one behind the other.
 
     address: as in `load_words`; in a lane's own memory where SPACE says so ("local"). mask: if at all.
     """
-    BITS: tl.constexpr = words[0].dtype.primitive_bitwidth
+    WIDTH: tl.constexpr = words[0].dtype.primitive_bitwidth
     masks = () if mask is None else (mask.to(tl.int32),)
     _execute(
-        _stores(len(words), BITS, SPACE or space_of(address.dtype), mask is not None),
-        register(address.dtype.primitive_bitwidth) + "," + operands(register(BITS), len(words)) + ",r" * len(masks),
+        _stores(len(words), BITS or WIDTH, SPACE or space_of(address.dtype), mask is not None),
+        register(address.dtype.primitive_bitwidth) + "," + operands(register(WIDTH), len(words)) + ",r" * len(masks),
         (address,) + words + masks,
     )
 
