@@ -30,7 +30,7 @@ import triton.language as tl
 
 from .configs import device_of, kernel_input, on_nvidia, output_dtype
 from .factored.plan import OVER_ALL, Launch, Launches, Plan, launch, new_matrices
-from .factored.ptx import allocate_rows, load_words, store_words, sync_warp, unpack_word
+from .factored.ptx import allocate_rows, load_words, store, sync_warp, unpack_words
 from .factored.softmax import LOG2E, origin_of_row
 
 ROW_WORDS = 4096  # sums a warp holds in shared memory at once, of both factors: of 16 KiB a dozen fit an H100's SM
@@ -114,17 +114,9 @@ def _shares(saved_ptr, tokens, factor, given, mask):
 
 
 @triton.jit
-def _store_word(address, word):
-    tl.inline_asm_elementwise("st.shared.b32 [$1], $2; mov.u32 $0, 0;", "=r,r,r", [address, word], tl.int32, False, 1)
-
-
-@triton.jit
 def _load_numbers(address):
     """A tuple of 4 fp32 numbers."""
-    words, numbers = load_words(address, 4), ()
-    for i in tl.static_range(4):
-        numbers = numbers + (words[i].to(tl.float32, bitcast=True),)
-    return numbers
+    return tl.tuple([word.to(tl.float32, bitcast=True) for word in load_words(address, 4)])
 
 
 @triton.jit
@@ -172,15 +164,6 @@ def _store_sums(pointer, OFFSET, sums, mask, DTYPE):
 
 
 @triton.jit
-def _bits(numbers):
-    """A tuple of fp32 numbers as words."""
-    words = ()
-    for i in tl.static_range(len(numbers)):
-        words = words + (numbers[i].to(tl.int32, bitcast=True),)
-    return words
-
-
-@triton.jit
 def _logits_ahead(x_ptr, y_ptr, start, some, end, PLAN):
     """The logits of the next steps, of which each lane has four columns: a tuple of words of x and of y for each. What
     is past the end is read from before it instead."""
@@ -196,12 +179,8 @@ def _logits_ahead(x_ptr, y_ptr, start, some, end, PLAN):
 def _less_shares(sums, words, shares, PLAN):
     """Four sums without what their logits, in words, lose."""
     origin, weight, _, _ = _load_numbers(shares)
-    logits, less = (), ()
-    for i in tl.static_range(len(words)):
-        logits = logits + unpack_word(words[i], PLAN.element_ty)
-    for i in tl.static_range(4):
-        less = less + (sums[i] - tl.exp2((logits[i] - origin) * LOG2E) * weight,)
-    return less
+    logits = unpack_words(words, PLAN.element_ty)
+    return tl.tuple([sums[i] - tl.exp2((logits[i] - origin) * LOG2E) * weight for i in tl.tuple(range(4))])
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -263,12 +242,12 @@ def shared_kernel(
     given = lane * 0.0
     zero = lane * 0
     for step in tl.static_range(SLOTS // 512):
-        store_words(buffer + lane * 16 + step * 512, (zero, zero, zero, zero))
+        store(buffer + lane * 16 + step * 512, (zero, zero, zero, zero))
     for start in range(TILE_K, num_experts_per_token + TILE_K, TILE_K):
         sync_warp(lane)  # the slots before these have been added
-        _store_word(place, grad.to(tl.int32, bitcast=True))
-        _store_word(place + TILE_M * PITCH, (experts // NUM_EXPERT_SQRT - first_column) * 4)
-        _store_word(place + 2 * TILE_M * PITCH, (experts % NUM_EXPERT_SQRT - first_column) * 4)
+        store(place, (grad.to(tl.int32, bitcast=True),))
+        store(place + TILE_M * PITCH, ((experts // NUM_EXPERT_SQRT - first_column) * 4,))
+        store(place + 2 * TILE_M * PITCH, ((experts % NUM_EXPERT_SQRT - first_column) * 4,))
         sync_warp(lane)
         mask = (rows < num_rows) & (start + slots < num_experts_per_token)
         ptrs = grad_ptrs + start.to(tl.int64) * stride_gk
@@ -287,7 +266,8 @@ def shared_kernel(
     if PLAN.sums_rows:
         row, factor = lane % TILE_M, tl.minimum(lane // TILE_M, 1)
         origin, weight = _shares(saved_ptr, first_token + row, factor, given, row < num_rows)
-        store_words(buffer + SHARES + lane * 16, _bits((origin, weight, weight, weight)))
+        shares = [number.to(tl.int32, bitcast=True) for number in (origin, weight, weight, weight)]
+        store(buffer + SHARES + lane * 16, shares)
     sync_warp(lane)
 
     DTYPE: tl.constexpr = grad_x_ptr.dtype.element_ty

@@ -19,39 +19,18 @@ where two ranks of x lie so close that it could, all lanes take the token's pair
 
 import dataclasses
 import functools
-import math
 
 import torch
 import triton
 import triton.language as tl
 
 from ..configs import compares_doubles, on_nvidia
+from . import ptx, softmax
 from .keys import lowest, pack, pack_wide, unpack, unpack_wide
 from .networks import is_less, merge_best, sort
 from .pairs import fill_masked
 from .plan import Plan
-from .ptx import (
-    allocate_private,
-    allocate_rows,
-    hide,
-    load_private,
-    load_shared,
-    partner,
-    store_private,
-    store_row,
-    store_shared,
-    sync_warp,
-)
-from .rows import lowest_keys, row_alignment, rows_of_lanes, sorted_group
-from .softmax import (
-    as_integer,
-    normalized,
-    ratio_of_pair,
-    scales_of_scores,
-    total_of_integers,
-    total_of_strided_segment,
-    total_of_tile,
-)
+from .rows import row_alignment, rows_of_lanes, sorted_group
 
 MAX_EXPERTS_PER_TOKEN = 256  # ranks take 8 bits of a pair's key; rows, of which there may be 46340, 16
 SHARED_BYTES = 48 << 10  # what a program may declare
@@ -88,11 +67,6 @@ class FrontierPlan(Plan):
         return frontier_kernel
 
     @property
-    def side(self):
-        """The rows of a lane's half of the staircase."""
-        return min(math.isqrt(self.k), self.num_expert_sqrt)
-
-    @property
     def key_bytes(self):
         """The size of the keys of logits."""
         return 8 if self.dtype == torch.float32 else 4
@@ -123,19 +97,16 @@ def _merge_lists(heads, target, shared_target, writes, PLAN):
 
     heads: where each list starts in private memory; each ends with the lowest key.
     """
-    keys = ()
-    for i in tl.static_range(len(heads)):
-        keys = keys + (load_private(heads[i], PLAN.key_bytes * 8),)
+    keys = [ptx.load(head, PLAN.key_bytes * 8, "local") for head in heads]
     least = lowest(keys[0], PLAN)
     for rank in tl.range(PLAN.ranks):
         best = sort(keys, 1, PLAN)[0]
-        store_private(target + rank * PLAN.key_bytes, best)
-        store_shared(shared_target + rank * PLAN.step, best, PLAN.key_bytes * 8, writes)
-        taken, moves = heads[0], ()
+        ptx.store(target + rank * PLAN.key_bytes, (best,), SPACE="local")
+        ptx.store(shared_target + rank * PLAN.step, (best,), writes)
+        taken, moves = heads[0], [(key == best) & is_less(least, best, PLAN) for key in keys]
         for i in tl.static_range(len(heads)):
-            moves = moves + ((keys[i] == best) & is_less(least, best, PLAN),)
             taken = tl.where(moves[i], heads[i], taken)
-        following = load_private(taken + PLAN.key_bytes, PLAN.key_bytes * 8)
+        following = ptx.load(taken + PLAN.key_bytes, PLAN.key_bytes * 8, "local")
         next_keys, next_heads = (), ()
         for i in tl.static_range(len(heads)):
             next_keys = next_keys + (tl.where(moves[i], following, keys[i]),)
@@ -153,36 +124,28 @@ def _sorted_piece(row_ptrs, stride_n, wanted, PLAN):
 @triton.jit
 def _load(address, PLAN):
     """The value and the index of a key in shared memory."""
-    return unpack(load_shared(address, 8 * PLAN.key_bytes), PLAN.element_ty, PLAN)
+    return unpack(ptx.load(address, 8 * PLAN.key_bytes), PLAN.element_ty, PLAN)
 
 
 @triton.jit
 def _pair(fixed_list, moving_list, fixed, moving, odd, PLAN):
     """The key of a pair. A rank is given as 255 - rank, as keys have it: that in x is `fixed`, or if odd `moving`."""
-    fixed_key = load_shared(fixed_list + (255 - fixed) * PLAN.step, 8 * PLAN.key_bytes)
-    moving_key = load_shared(moving_list + (255 - moving) * PLAN.step, 8 * PLAN.key_bytes)
+    fixed_key = ptx.load(fixed_list + (255 - fixed) * PLAN.step, 8 * PLAN.key_bytes)
+    moving_key = ptx.load(moving_list + (255 - moving) * PLAN.step, 8 * PLAN.key_bytes)
     row = unpack(tl.where(odd, moving_key, fixed_key), PLAN.element_ty, PLAN)[1]
     low = ((0xFFFF - row) << 16) | tl.where(odd, (fixed << 8) | moving, (moving << 8) | fixed)
-    fixed_value, moving_value = (
-        unpack(fixed_key, PLAN.element_ty, PLAN)[0],
-        unpack(moving_key, PLAN.element_ty, PLAN)[0],
-    )
+    fixed_value, _ = unpack(fixed_key, PLAN.element_ty, PLAN)
+    moving_value, _ = unpack(moving_key, PLAN.element_ty, PLAN)
     return pack_wide(fixed_value + moving_value, low, PLAN)
 
 
 @triton.jit
 def _taken(pair, x_list, y_list, PLAN):
     """Both logits, the row and the column of a pair that was taken, of which `pair` is where its ranks are."""
-    ranks = 0xFFFF - load_shared(pair, 16)
+    ranks = 0xFFFF - ptx.load(pair, 16)
     value_x, row = _load(x_list + (ranks & 255) * PLAN.step, PLAN)
     value_y, column = _load(y_list + (ranks >> 8) * PLAN.step, PLAN)
     return value_x, value_y, row, column
-
-
-@triton.jit
-def _sum_of_taken(pair, x_list, y_list, PLAN):
-    value_x, value_y, _, _ = _taken(pair, x_list, y_list, PLAN)
-    return value_x + value_y
 
 
 @triton.jit
@@ -191,9 +154,7 @@ def _replace_best(keys, key, PLAN):
     if len(keys) == 1:
         return (key,)
     else:
-        above = ()
-        for i in tl.static_range(1, len(keys)):
-            above = above + (is_less(key, keys[i], PLAN),)
+        above = [is_less(key, other, PLAN) for other in keys[1:]]
         replaced = (tl.where(above[0], keys[1], key),)
         for i in tl.static_range(1, len(keys) - 1):
             replaced = replaced + (tl.where(above[i], keys[i + 1], tl.where(above[i - 1], key, keys[i])),)
@@ -213,16 +174,14 @@ def _take_by_rows(pairs, x_list, PLAN):
     for slot in tl.range(PLAN.k):
         best = sort(heads, 1, PLAN)[0]
         for i in tl.static_range(5):
-            best = sort((best, partner(best, 1 << i, PLAN)), 1, PLAN)[0]
+            best = sort((best, ptx.partner(best, 1 << i, PLAN)), 1, PLAN)[0]
         popped = unpack_wide(best, PLAN)[1]
-        store_shared(pairs + slot * 2, popped, 16, tl.arange(0, 32) == 0)
+        ptx.store(pairs + slot * 2, (popped,), tl.arange(0, 32) == 0, BITS=16)
         rank_x, rank_y = 255 - (popped & 255), 256 - ((popped >> 8) & 255)  # of the pair that follows in its row
         key = _pair(x_list, y_list, 255 - rank_x, 255 - tl.minimum(rank_y, RANKS - 1), rank_x < 0, PLAN)
         inside = ((rank_x + 1) * (rank_y + 1) <= PLAN.k) & (rank_y < RANKS)
-        following, next_heads = tl.where(inside, key, lowest(key, PLAN)), ()
-        for i in tl.static_range(len(heads)):
-            next_heads = next_heads + (tl.where(heads[i] == best, following, heads[i]),)
-        heads = next_heads
+        following = tl.where(inside, key, lowest(key, PLAN))
+        heads = [tl.where(head == best, following, head) for head in heads]
 
 
 @triton.jit
@@ -264,21 +223,21 @@ def frontier_kernel(
         x_ptr, y_ptr, stride_xm, stride_xn, stride_ym, stride_yn, tokens, num_tokens, odd
     )  # fmt: skip
 
-    out = allocate_rows(lane, PLAN.shared_bytes)
+    out = ptx.allocate_rows(lane, PLAN.shared_bytes)
     lists = out + PLAN.tokens * PLAN.pair_pitch
     own_list, other_list = lists + lane * KEY_BYTES, lists + (lane ^ 1) * KEY_BYTES
     # Past the end of a list everything is -inf.
     end = pack(tl.full((32,), float("-inf"), tl.float32), lane * 0, PLAN.element_ty, PLAN)
-    store_shared(own_list + RANKS * PLAN.step, end, KEY_BYTES * 8, writes)
+    ptx.store(own_list + RANKS * PLAN.step, (end,), writes)
 
     least = lowest(lane.to(tl.int64) if PLAN.element_ty == tl.float32 else lane, PLAN)
     if PLAN.in_registers:
-        top = lowest_keys(least, RANKS, PLAN)
+        top = (least,) * RANKS
         for piece in tl.range((PLAN.num_expert_sqrt + PLAN.piece - 1) // PLAN.piece):
-            piece_keys = _sorted_piece(row_ptrs, stride_n, hide(lane * 0 + piece * PLAN.piece), PLAN)
+            piece_keys = _sorted_piece(row_ptrs, stride_n, ptx.hide(lane * 0 + piece * PLAN.piece), PLAN)
             top = merge_best(top + piece_keys[:RANKS], RANKS, RANKS, PLAN)
         for rank in tl.static_range(RANKS):
-            store_shared(own_list + rank * PLAN.step, top[rank], KEY_BYTES * 8, writes)
+            ptx.store(own_list + rank * PLAN.step, (top[rank],), writes)
     else:
         # Pieces, and between tiles the best so far, are a lane's own business.
         PIECE: tl.constexpr = PLAN.piece
@@ -286,25 +245,25 @@ def frontier_kernel(
         PITCH: tl.constexpr = (PIECE + 1) * KEY_BYTES
         LIST: tl.constexpr = (RANKS + 1) * KEY_BYTES
         TILES: tl.constexpr = (PLAN.num_expert_sqrt + PIECE * PIECES - 1) // (PIECE * PIECES)
-        private = allocate_private(lane, PIECES * PITCH + 2 * LIST)
+        private = ptx.allocate_private(lane, PIECES * PITCH + 2 * LIST)
         source, target = private + PIECES * PITCH, private + PIECES * PITCH + LIST
         for piece in tl.static_range(PIECES):
-            store_private(private + piece * PITCH + PIECE * KEY_BYTES, least)
-        store_private(source, least)  # nothing is best yet
-        store_private(source + RANKS * KEY_BYTES, least)
-        store_private(target + RANKS * KEY_BYTES, least)
+            ptx.store(private + piece * PITCH + PIECE * KEY_BYTES, (least,), SPACE="local")
+        ptx.store(source, (least,), SPACE="local")  # nothing is best yet
+        ptx.store(source + RANKS * KEY_BYTES, (least,), SPACE="local")
+        ptx.store(target + RANKS * KEY_BYTES, (least,), SPACE="local")
         for tile in tl.range(TILES):
             for part in tl.range(PIECES):
                 wanted = lane * 0 + (tile * PIECES + part) * PIECE
                 piece_keys = _sorted_piece(row_ptrs, stride_n, wanted, PLAN)
                 for i in tl.static_range(PIECE):
-                    store_private(private + part * PITCH + i * KEY_BYTES, piece_keys[i])
+                    ptx.store(private + part * PITCH + i * KEY_BYTES, (piece_keys[i],), SPACE="local")
             heads = (source,) if TILES > 1 else ()
             for piece in tl.static_range(PIECES):
                 heads = heads + (private + piece * PITCH,)
             _merge_lists(heads, target, own_list, writes, PLAN)
             source, target = target, source
-    sync_warp(lane)
+    ptx.sync_warp(lane)
 
     x_list, y_list = lists + (lane & -2) * KEY_BYTES, lists + (lane | 1) * KEY_BYTES
     END: tl.constexpr = (RANKS - 1) * PLAN.step
@@ -316,12 +275,12 @@ def frontier_kernel(
         for place in tl.range(RANKS):
             value, index = _load(own_list + place * PLAN.step, PLAN)
             nan_key = pack(value + float("nan"), index, PLAN.element_ty, PLAN)
-            sync_warp(lane)  # after the others' loads
-            store_shared(own_list + place * PLAN.step, nan_key, KEY_BYTES * 8, writes & poisoned)
-        sync_warp(lane)
+            ptx.sync_warp(lane)  # after the others' loads
+            ptx.store(own_list + place * PLAN.step, (nan_key,), writes & poisoned)
+        ptx.sync_warp(lane)
     # Sums of one column tie where they round to the same, or are infinite. (Of -inf ones, `fill_masked` takes care.)
     largest, limit = _spread(own_list, PLAN)
-    exact = tl.where(odd, largest < partner(limit, 1, PLAN), partner(largest, 1, PLAN) < limit)
+    exact = tl.where(odd, largest < ptx.partner(limit, 1, PLAN), ptx.partner(largest, 1, PLAN) < limit)
     by_rows = (~(exact & (first_x + first_y < float("inf")))).to(tl.int32)
 
     totals = lists + (RANKS + 1) * PLAN.step
@@ -329,12 +288,12 @@ def frontier_kernel(
         largest = tl.where(odd, first_y, first_x)
         if PLAN.vector > 0:
             ROW: tl.constexpr = PLAN.num_expert_sqrt * PLAN.itemsize
-            total = total_of_tile(row_ptrs.to(tl.int64), ROW, lane * 0, largest, num_tokens, PLAN)
+            total = softmax.total_of_tile(row_ptrs.to(tl.int64), ROW, lane * 0, largest, num_tokens, PLAN)
         else:
-            total = total_of_strided_segment(
+            total = softmax.total_of_strided_segment(
                 row_ptrs, stride_n, lane * 0, PLAN.num_expert_sqrt, lane * 0, largest, PLAN
             )
-        store_shared(totals + lane * 4, total.to(tl.int32, bitcast=True), 32, writes)
+        ptx.store(totals + lane * 4, (total.to(tl.int32, bitcast=True),), writes)
 
     pairs = out + lane // 2 * PLAN.pair_pitch
     heads = ()
@@ -344,29 +303,27 @@ def frontier_kernel(
         heads = heads + (_pair(own_list, other_list, lane * 0 + (255 - a), moving, odd, PLAN),)
     heads = sort(heads, SIDE, PLAN)
     for slot in tl.range(K):
-        rival = partner(heads[0], 1, PLAN)
+        rival = ptx.partner(heads[0], 1, PLAN)
         wins = is_less(rival, heads[0], PLAN)
         popped = unpack_wide(tl.where(wins, heads[0], rival), PLAN)[1]
-        store_shared(pairs + slot * 2, popped, 16, writes & ~odd)
+        ptx.store(pairs + slot * 2, (popped,), writes & ~odd, BITS=16)
         ranks = unpack_wide(heads[0], PLAN)[1]
         fixed, moving = (ranks >> tl.where(odd, 8, 0)) & 255, (ranks >> tl.where(odd, 0, 8)) & 255
-        moving = tl.maximum(
-            moving - 1, 255 - min(PLAN.ranks, 255)
-        )  # up to where a row ends, in the form of a key's ranks
+        moving = tl.maximum(moving - 1, 255 - min(RANKS, 255))  # up to where a row ends, as keys have ranks
         following = _pair(own_list, other_list, fixed, moving, odd, PLAN)
         heads = _replace_best(heads, tl.where(wins, following, heads[0]), PLAN)
-    sync_warp(lane)
+    ptx.sync_warp(lane)
     for token in tl.range(PLAN.tokens * tl.max(by_rows, 0)):
         if tl.max(tl.where(lane // 2 == token, by_rows, 0), 0) != 0:
             _take_by_rows(out + token * PLAN.pair_pitch, lists + token * 2 * KEY_BYTES, PLAN)
-    sync_warp(lane)
+    ptx.sync_warp(lane)
 
     for token in tl.range(PLAN.tokens):
         token_list = lists + token * 2 * KEY_BYTES
         if PLAN.normalize is not None:
             best_x, best_y = _load(token_list, PLAN)[0], _load(token_list + KEY_BYTES, PLAN)[0]
             if PLAN.sums_rows:
-                of_x, of_y = load_shared(totals + token * 8, 32), load_shared(totals + token * 8 + 4, 32)
+                of_x, of_y = ptx.load(totals + token * 8, 32), ptx.load(totals + token * 8 + 4, 32)
                 product = of_x.to(tl.float32, bitcast=True) * of_y.to(tl.float32, bitcast=True)
             else:
                 integers = tl.zeros((32,), tl.int64)
@@ -374,12 +331,12 @@ def frontier_kernel(
                     slots = start + tl.arange(0, 32)
                     pair = out + token * PLAN.pair_pitch + tl.minimum(slots, K - 1) * 2
                     value_x, value_y, _, _ = _taken(pair, token_list, token_list + KEY_BYTES, PLAN)
-                    high, low = ratio_of_pair(value_x, value_y, best_x, best_y)
-                    integers += tl.where(slots < K, as_integer(high, low), 0)
+                    high, low = softmax.ratio_of_pair(value_x, value_y, best_x, best_y)
+                    integers += tl.where(slots < K, softmax.as_integer(high, low), 0)
                 for level in tl.static_range(5):
-                    integers += partner(integers, 1 << level, PLAN)
-                product = total_of_integers(integers)
-            scales = scales_of_scores(product, best_x + best_y, best_x, best_y, PLAN)
+                    integers += ptx.partner(integers, 1 << level, PLAN)
+                product = softmax.total_of_integers(integers)
+            scales = softmax.scales_of_scores(product, best_x + best_y, best_x, best_y, PLAN)
         for start in tl.static_range(0, K, 32):
             slots = start + tl.arange(0, 32)
             pair = out + token * PLAN.pair_pitch + tl.minimum(slots, K - 1) * 2
@@ -388,26 +345,27 @@ def frontier_kernel(
             outputs = (first_token + token) * K + slots
             valid = (slots < K) & (first_token + token < num_tokens)
             if PLAN.normalize is not None:
-                high, low = ratio_of_pair(value_x, value_y, best_x, best_y)
-                score = normalized(high, low, scales, PLAN)
+                high, low = softmax.ratio_of_pair(value_x, value_y, best_x, best_y)
+                score = softmax.normalized(high, low, scales, PLAN)
                 if saved_ptr is not None and PLAN.has_weights:
-                    store_row(saved_ptr + 4 * num_tokens.to(tl.int64) + outputs, (score,), valid, PLAN)
-            store_row(scores_ptr + outputs, (score.to(scores_ptr.dtype.element_ty),), valid, PLAN)
-            store_row(indices_ptr + outputs, (row * PLAN.num_expert_sqrt + column,), valid, PLAN)
+                    ptx.store_row(saved_ptr + 4 * num_tokens.to(tl.int64) + outputs, (score,), valid, PLAN)
+            ptx.store_row(scores_ptr + outputs, (score.to(scores_ptr.dtype.element_ty),), valid, PLAN)
+            ptx.store_row(indices_ptr + outputs, (row * PLAN.num_expert_sqrt + column,), valid, PLAN)
 
     if saved_ptr is not None:
         largest = tl.where(odd, first_y, first_x)
         of_row = (largest, total if PLAN.sums_rows else largest)
-        store_row(saved_ptr + tokens * 4 + lane % 2 * 2, of_row, writes & (tokens < num_tokens), PLAN)
+        ptx.store_row(saved_ptr + tokens * 4 + lane % 2 * 2, of_row, writes & (tokens < num_tokens), PLAN)
 
-    worst = _sum_of_taken(pairs + (K - 1) * 2, x_list, y_list, PLAN)
+    value_x, value_y, _, _ = _taken(pairs + (K - 1) * 2, x_list, y_list, PLAN)
+    worst = value_x + value_y
     fill = (tokens < num_tokens) & (first_x < float("inf")) & (first_y < float("inf")) & (worst == float("-inf"))
     if tl.max(fill.to(tl.int32), 0) != 0:
         num_finite = tl.zeros_like(lane)
         for slot in tl.range(K):
-            score = _sum_of_taken(pairs + slot * 2, x_list, y_list, PLAN)
-            num_finite += (score > float("-inf")).to(tl.int32)
-        sync_warp(lane)  # after the others' stores
+            value_x, value_y, _, _ = _taken(pairs + slot * 2, x_list, y_list, PLAN)
+            num_finite += (value_x + value_y > float("-inf")).to(tl.int32)
+        ptx.sync_warp(lane)  # after the others' stores
         fill_masked(
             x_ptrs, y_ptrs, indices_ptr + tokens * K, stride_xn, stride_yn, num_finite, fill & writes & ~odd, PLAN
         )  # fmt: skip

@@ -78,10 +78,7 @@ def pack_tuple(values, index, KEY, PLAN):
             copies(tl.int32, COUNT), True, 1,
         )  # fmt: skip
     else:
-        keys = ()
-        for i in tl.static_range(len(values)):
-            keys = keys + (pack(values[i], index + i, KEY, PLAN),)
-        return keys
+        return tl.tuple([pack(values[i], index + i, KEY, PLAN) for i in tl.tuple(range(len(values)))])
 
 
 @triton.constexpr_function

@@ -11,59 +11,18 @@ lines. Of transposed logits several warps copy a tile together, since a line hol
 
 import dataclasses
 import functools
-import math
 
 import torch
 import triton
 import triton.language as tl
 
 from ..configs import compares_doubles, interpreting, on_nvidia
+from . import ptx, rows, softmax
 from .keys import bit_length, unpack
 from .networks import merge, merge_best
 from .pairs import fill_masked, first_pair, select_pairs
 from .plan import Plan, count
-from .ptx import (
-    allocate_rows,
-    copy_columns,
-    copy_rows,
-    hide,
-    load_shared,
-    load_value,
-    partner,
-    partners,
-    store_row,
-    store_shared,
-    sync_warp,
-    turn_columns,
-    wait_for_rows,
-)
-from .rows import (
-    best_in_loops,
-    best_of_groups,
-    candidates_of_tile,
-    chunks_listed,
-    columns_are_vectors,
-    exact_keys,
-    improved,
-    keys_of_columns,
-    lowest_keys,
-    row_alignment,
-    rows_of_lanes,
-    shift,
-    top_of_strided_segment,
-)
-from .softmax import (
-    FAR,
-    as_integer,
-    differences,
-    joined,
-    normalized,
-    ratio_of_pair,
-    scales_of_scores,
-    total_of_integers,
-    total_of_strided_segment,
-    total_of_tile,
-)
+from .softmax import FAR
 
 MAX_EXPERTS_PER_TOKEN = 32  # more would not fit in a lane's registers
 TILE_BYTES = 512  # what of a row a lane has at hand at once
@@ -127,11 +86,6 @@ class LanesPlan(Plan):
         return self.threads // self.lanes
 
     @property
-    def side(self):
-        """The rows of a lane's half of the staircase."""
-        return min(math.isqrt(self.k), self.num_expert_sqrt)
-
-    @property
     def ragged(self):
         """Whether segments do not divide the row: the last ones begin early then, and skip what others have read."""
         return self.lanes // 2 * self.segment != self.num_expert_sqrt
@@ -163,7 +117,7 @@ class LanesPlan(Plan):
     @property
     def pitch(self):
         """The bytes from row to row in shared memory. Rows an odd number of vectors apart meet every bank once."""
-        behind = chunks_listed(self) if self.looped else 0
+        behind = rows.chunks_listed(self) if self.looped else 0
         vectors = -(-(self.tile_n * self.itemsize + behind) // self.vector)
         return (vectors | 1) * self.vector
 
@@ -208,9 +162,9 @@ def _copy_tile(buffer, segment, x_ptr, y_ptr, stride_xn, stride_yn, first_token,
     """Start copying the tile of every lane's segment that begins at a column of it, if wanted."""
     wanted = wanted.to(tl.int32)
     if PLAN.transposed:
-        copy_columns(buffer, x_ptr, y_ptr, stride_xn, stride_yn, first_token, num_tokens, column, wanted, PLAN)
+        ptx.copy_columns(buffer, x_ptr, y_ptr, stride_xn, stride_yn, first_token, num_tokens, column, wanted, PLAN)
     else:
-        copy_rows(buffer, segment + (column * PLAN.itemsize).to(tl.int64), wanted, PLAN)
+        ptx.copy_rows(buffer, segment + (column * PLAN.itemsize).to(tl.int64), wanted, PLAN)
 
 
 @triton.jit
@@ -230,7 +184,7 @@ def _ratios_of_pairs(indices, x_row, y_row, stride_xn, stride_yn, best_x, best_y
         expert = indices[slot].to(tl.uint32)
         row, column = (expert // PLAN.num_expert_sqrt).to(tl.int32), (expert % PLAN.num_expert_sqrt).to(tl.int32)
         x, y = _logit(x_row, row, stride_xn, PLAN), _logit(y_row, column, stride_yn, PLAN)
-        high, low = ratio_of_pair(x, y, best_x, best_y)
+        high, low = softmax.ratio_of_pair(x, y, best_x, best_y)
         highs, lows = highs + (high,), lows + (low,)
     return highs, lows
 
@@ -238,22 +192,17 @@ def _ratios_of_pairs(indices, x_row, y_row, stride_xn, stride_yn, best_x, best_y
 @triton.jit
 def _logit(row, column, stride_n, PLAN):
     """One logit, as fp32, of a row in global memory, or at an address in shared memory."""
-    if row.dtype != tl.int32:
-        return load_value(row + column.to(tl.int64) * stride_n, PLAN)
-    bits = load_shared(row + column * PLAN.itemsize, 8 * PLAN.itemsize)
-    if PLAN.itemsize == 4:
-        return bits.to(tl.float32, bitcast=True)
+    if row.dtype == tl.int32:
+        return ptx.load_value(row + column * PLAN.itemsize, PLAN)
     else:
-        return bits.to(tl.int16).to(PLAN.element_ty, bitcast=True).to(tl.float32)
+        return ptx.load_value(row + column.to(tl.int64) * stride_n, PLAN)
 
 
 @triton.jit
 def _normalized(highs, lows, total, best_x, best_y, PLAN):
     """`normalized` of a tuple of pairs."""
-    results, scales = (), scales_of_scores(total, best_x + best_y, best_x, best_y, PLAN)
-    for slot in tl.static_range(len(highs)):
-        results = results + (normalized(highs[slot], lows[slot], scales, PLAN),)
-    return results
+    scales = softmax.scales_of_scores(total, best_x + best_y, best_x, best_y, PLAN)
+    return tl.tuple([softmax.normalized(highs[i], lows[i], scales, PLAN) for i in tl.tuple(range(len(highs)))])
 
 
 @triton.jit
@@ -266,7 +215,7 @@ def best_of_lanes(
     if PLAN.tile_n > 0:
         segment = row_ptrs.to(tl.int64) + first_column * PLAN.itemsize
         if PLAN.staged:
-            buffer = allocate_rows(lane, PLAN.shared_bytes)
+            buffer = ptx.allocate_rows(lane, PLAN.shared_bytes)
             pile = buffer + PLAN.threads * PLAN.pitch + lane * 4
             top = pile
             _copy_tile(
@@ -274,72 +223,72 @@ def best_of_lanes(
             )  # fmt: skip
         else:
             buffer = lane
-        best = lowest_keys(lane.to(tl.int64) if PLAN.element_ty == tl.float32 else lane, PLAN.own, PLAN)
+        best = rows.lowest_keys(lane.to(tl.int64) if PLAN.element_ty == tl.float32 else lane, PLAN.own, PLAN)
         largest, total = tl.full(lane.shape, float("-inf"), tl.float32), lane * 0.0
         for step in tl.range(PLAN.tiles):
             # Hidden, or LLVM would count the columns in 64 bits, and sort keys of 64 bits to subtract them from.
-            column = hide(lane * 0 + step * PLAN.tile_n)
+            column = ptx.hide(lane * 0 + step * PLAN.tile_n)
             row = segment + column * PLAN.itemsize
             if PLAN.staged:
                 row = buffer + lane * PLAN.pitch
                 if PLAN.looped:
-                    more, doubt, total_here = best_in_loops(row, buffer, num_tokens, PLAN, one)
+                    more, doubt, total_here = rows.best_in_loops(row, buffer, num_tokens, PLAN, one)
                 else:
-                    wait_for_rows(lane * 0, 1)
+                    ptx.wait_for_rows(lane * 0, 1)
                     if PLAN.transposed:
-                        turn_columns(buffer, 0, PLAN.tile_n, PLAN)
+                        ptx.turn_columns(buffer, 0, PLAN.tile_n, PLAN)
             if PLAN.part > 0:
                 for start in tl.range(0, PLAN.tile_n, PLAN.part):
-                    first = hide(lane * 0 + start)
-                    keys = keys_of_columns(
+                    first = ptx.hide(lane * 0 + start)
+                    keys = rows.keys_of_columns(
                         row + first * PLAN.itemsize, column + first, PLAN.part, PLAN.vector, PLAN.element_ty, PLAN
                     )  # fmt: skip
                     ends = (start == PLAN.tile_n - PLAN.part) & (PLAN.sums_rows | (step == PLAN.tiles - 1))
                     kept = tl.where(ends, 0, PLAN.group)
-                    best, top = improved(best, keys, top, pile, kept, PLAN, one)
+                    best, top = rows.improved(best, keys, top, pile, kept, PLAN, one)
                 more = best
             elif not PLAN.looped:
-                keys, doubt = candidates_of_tile(row, skip - column, PLAN, one)
+                keys, doubt = rows.candidates_of_tile(row, skip - column, PLAN, one)
                 if PLAN.short_keys or PLAN.sums_rows:
-                    more = best_of_groups(keys, PLAN.listed, PLAN, one)
+                    more = rows.best_of_groups(keys, PLAN.listed, PLAN, one)
             if PLAN.short_keys:
-                more = exact_keys(more, row, doubt, PLAN)
+                more = rows.exact_keys(more, row, doubt, PLAN)
             if PLAN.sums_rows and PLAN.staged:
                 largest_here = unpack(more[0], PLAN.element_ty, PLAN)[0]
                 if PLAN.ragged:
                     largest_here = tl.where(skip - column >= PLAN.tile_n, float("-inf"), largest_here)
                 if not PLAN.sums_in_parts:
                     TILE: tl.constexpr = PLAN.tile_n * PLAN.itemsize
-                    total_here = total_of_tile(row, TILE, skip - column, largest_here, num_tokens, PLAN)
+                    total_here = softmax.total_of_tile(row, TILE, skip - column, largest_here, num_tokens, PLAN)
                 if PLAN.tiles == 1:
                     largest, total = largest_here, total_here
                 else:
-                    largest, total = joined(largest, total, largest_here, total_here)
+                    largest, total = softmax.joined(largest, total, largest_here, total_here)
             if PLAN.staged and PLAN.tiles > 1:  # where the tile is not read again
                 _copy_tile(
                     buffer, segment, x_ptr, y_ptr, stride_xn, stride_yn, first_token, num_tokens, column + PLAN.tile_n,
                     lane * 0 + step + 1 < PLAN.tiles, PLAN,
                 )  # fmt: skip
             if not (PLAN.looped or PLAN.short_keys or PLAN.sums_rows or PLAN.part > 0):
-                more = best_of_groups(keys, PLAN.own, PLAN, one)
+                more = rows.best_of_groups(keys, PLAN.own, PLAN, one)
             if PLAN.tiles == 1 or PLAN.part > 0:
                 best = more
             else:
-                best = merge(best + shift(more, column, PLAN), PLAN.own, PLAN.own, PLAN, one)
+                best = merge(best + rows.shift(more, column, PLAN), PLAN.own, PLAN.own, PLAN, one)
         if PLAN.lanes > 2:
-            best = shift(best, first_column, PLAN)
+            best = rows.shift(best, first_column, PLAN)
     else:
-        best = top_of_strided_segment(row_ptrs, stride_n, first_column, skip, PLAN)
+        best = rows.top_of_strided_segment(row_ptrs, stride_n, first_column, skip, PLAN)
         largest, total, buffer = lane, lane, lane  # nobody asks
     if PLAN.lanes > 4 and PLAN.own == RANKS and RANKS > 8 and PLAN.element_ty == tl.float32:
         # A loop, since long networks of wide keys take longer to fetch than to execute; a compiler that knew how often
         # it runs would write it out.
         for level in tl.range(1, bit_length(PLAN.lanes) - 2 + tl.minimum(num_tokens, 1).to(tl.int32)):
-            more = partners(best, (lane * 0 + 1) << level, PLAN)
+            more = ptx.partners(best, (lane * 0 + 1) << level, PLAN)
             best = merge_best(best + more, RANKS, RANKS, PLAN, one)
     else:
         for level in tl.static_range(1, bit_length(PLAN.lanes) - 1):
-            both = best + partners(best, 1 << level, PLAN)
+            both = best + ptx.partners(best, 1 << level, PLAN)
             best = merge_best(both, len(best), min(RANKS, len(both)), PLAN, one)
     return best, largest, total, buffer
 
@@ -362,7 +311,7 @@ def lanes_kernel(
     first_token = tl.program_id(0).to(tl.int64) * PLAN.tokens
     tokens = first_token + lane // PLAN.lanes
     inside = tokens < num_tokens
-    x_ptrs, y_ptrs, row_ptrs, stride_n = rows_of_lanes(
+    x_ptrs, y_ptrs, row_ptrs, stride_n = rows.rows_of_lanes(
         x_ptr, y_ptr, stride_xm, stride_xn, stride_ym, stride_yn, tokens, num_tokens, odd
     )  # fmt: skip
     best, largest, total, buffer = best_of_lanes(
@@ -371,46 +320,46 @@ def lanes_kernel(
     )  # fmt: skip
     # Each lane looks at one of the two ways they may meet; its NaN reaches the other lane with its values.
     first, last = unpack(best[0], PLAN.element_ty, PLAN)[0], unpack(best[RANKS - 1], PLAN.element_ty, PLAN)[0]
-    widest = first + partner(last, 1, PLAN)
+    widest = first + ptx.partner(last, 1, PLAN)
     poison = tl.where(widest == widest, 0.0, float("nan"))
     if PLAN.sums_rows:
         if PLAN.staged:
             for level in tl.static_range(1, bit_length(PLAN.lanes) - 1):
-                more_largest, more_total = partners((largest, total), 1 << level, PLAN)
-                largest, total = joined(largest, total, more_largest, more_total)
+                more_largest, more_total = ptx.partners((largest, total), 1 << level, PLAN)
+                largest, total = softmax.joined(largest, total, more_largest, more_total)
         else:  # what is read again is at hand
             if PLAN.tile_n > 0:
                 SEGMENT: tl.constexpr = PLAN.segment * PLAN.itemsize
                 segment = row_ptrs.to(tl.int64) + first_column * PLAN.itemsize
-                total = total_of_tile(segment, SEGMENT, skip, first, num_tokens, PLAN)
+                total = softmax.total_of_tile(segment, SEGMENT, skip, first, num_tokens, PLAN)
             else:
-                total = total_of_strided_segment(row_ptrs, stride_n, first_column, PLAN.segment, skip, first, PLAN)
+                total = softmax.total_of_strided_segment(
+                    row_ptrs, stride_n, first_column, PLAN.segment, skip, first, PLAN
+                )
             for level in tl.static_range(1, bit_length(PLAN.lanes) - 1):
-                total += partner(total, 1 << level, PLAN)
+                total += ptx.partner(total, 1 << level, PLAN)
     columns = lane
     if PLAN.short_pairs:
         columns = buffer + (lane | 1) * PLAN.pitch
         for rank in tl.static_range(RANKS):
             column = unpack(best[rank], PLAN.element_ty, PLAN)[1]
-            store_shared(buffer + lane * PLAN.pitch + rank * 4, column, 32, lane >= 0)
-        sync_warp(lane)
+            ptx.store(buffer + lane * PLAN.pitch + rank * 4, (column,))
+        ptx.sync_warp(lane)
     scores, indices, lost = select_pairs(best, poison, odd, columns, PLAN.short_pairs, PLAN, one)
     SLOTS: tl.constexpr = PLAN.k // 2 if PLAN.split else PLAN.k
     if PLAN.normalize is not None:
-        other_first = partner(first, 1, PLAN)
+        other_first = ptx.partner(first, 1, PLAN)
         best_x, best_y = tl.where(odd, other_first, first), tl.where(odd, first, other_first)
     if PLAN.short_pairs:
         doubt = lost
         if PLAN.normalize is not None:  # sums of so few bits differ by a number that is exact, unless it is large
-            highs, lows = differences(scores, first + other_first)
+            highs, lows = softmax.differences(scores, first + other_first)
             doubt = lost * 2 | (highs[SLOTS - 1] < FAR).to(tl.int32)
         doubt = tl.max(doubt, 0)
         for _ in tl.range(doubt if PLAN.normalize is None else doubt >> 1):
-            again = ()
-            for rank in tl.static_range(RANKS):
-                again = again + (hide(best[rank]),)  # or what both ways have in common would stay in registers
+            again = [ptx.hide(key) for key in best]  # or what both ways have in common would stay in registers
             # Hidden, or LLVM, which does not know that lanes shuffle here, might give the odd ones a loop of their own.
-            is_odd = hide(odd.to(tl.int32)) != 0
+            is_odd = ptx.hide(odd.to(tl.int32)) != 0
             scores, indices, lost = select_pairs(again, poison, is_odd, columns, False, PLAN, None)
 
     takes = inside & (lane % PLAN.lanes < (2 if PLAN.split else 1))
@@ -431,39 +380,37 @@ def lanes_kernel(
         else:
             highs, lows = _ratios_of_pairs(experts, x_ptrs, y_ptrs, stride_xn, stride_yn, best_x, best_y, PLAN)
         if PLAN.sums_rows:
-            totals = total * partner(total, 1, PLAN)
+            totals = total * ptx.partner(total, 1, PLAN)
         else:
             integers = tl.zeros_like(tokens)
             for slot in tl.static_range(len(highs)):
-                integers += as_integer(highs[slot], lows[slot])
+                integers += softmax.as_integer(highs[slot], lows[slot])
             if PLAN.spread:
                 integers = tl.where(rank < SLOTS, integers, 0)
                 for level in tl.static_range(1, bit_length(PLAN.lanes) - 1):
-                    integers += partner(integers, 1 << level, PLAN)
+                    integers += ptx.partner(integers, 1 << level, PLAN)
             if PLAN.split:
-                integers += partner(integers, 1, PLAN)
-            totals = total_of_integers(integers)
+                integers += ptx.partner(integers, 1, PLAN)
+            totals = softmax.total_of_integers(integers)
             total = totals
         results = _normalized(highs, lows, totals, best_x, best_y, PLAN)
         if saved_ptr is not None:
             of_row = saved_ptr + tokens * 4 + lane % 2 * 2
-            store_row(of_row, (first, total), inside & (lane % PLAN.lanes < 2), PLAN)
+            ptx.store_row(of_row, (first, total), inside & (lane % PLAN.lanes < 2), PLAN)
             if PLAN.has_weights:
-                store_row(saved_ptr + 4 * num_tokens.to(tl.int64) + places, results, writes, PLAN)
-    rounded = ()
-    for slot in tl.static_range(len(results) if PLAN.normalize is not None else SLOTS):
-        rounded = rounded + (results[slot].to(scores_ptr.dtype.element_ty),)
-    store_row(scores_ptr + places, rounded, writes, PLAN)
-    store_row(indices_ptr + outputs, indices, takes, PLAN)
+                ptx.store_row(saved_ptr + 4 * num_tokens.to(tl.int64) + places, results, writes, PLAN)
+    rounded = [result.to(scores_ptr.dtype.element_ty) for result in results]
+    ptx.store_row(scores_ptr + places, rounded, writes, PLAN)
+    ptx.store_row(indices_ptr + outputs, indices, takes, PLAN)
 
-    ordinary = inside & (poison == 0.0) & (first < float("inf")) & (partner(first, 1, PLAN) < float("inf"))
+    ordinary = inside & (poison == 0.0) & (first < float("inf")) & (ptx.partner(first, 1, PLAN) < float("inf"))
     fill = ordinary & (scores[SLOTS - 1] == float("-inf"))
     if tl.max(fill.to(tl.int32), 0) != 0:
         num_finite = tl.zeros_like(lane)
         for slot in tl.static_range(SLOTS):
             num_finite += (scores[slot] > float("-inf")).to(tl.int32)
         if PLAN.split:
-            num_finite += partner(num_finite, 1, PLAN)
+            num_finite += ptx.partner(num_finite, 1, PLAN)
         tl.debug_barrier()  # after the neighbour's stores
         fill_masked(
             x_ptrs, y_ptrs, indices_ptr + tokens * PLAN.k, stride_xn, stride_yn, num_finite,
@@ -477,7 +424,7 @@ def plan_for(x, y, k, scores_dtype, normalize=None, few_tokens=None):
     if few_tokens is None:
         few_tokens = num_tokens <= most_few_tokens(num_expert_sqrt, x.device)
     lanes = lanes_of_few_tokens(num_expert_sqrt, x.element_size()) if few_tokens else 2
-    layout = row_alignment(x, y), columns_are_vectors(x, y)
+    layout = rows.row_alignment(x, y), rows.columns_are_vectors(x, y)
     return plan_of(num_expert_sqrt, k, x.dtype, scores_dtype, *layout, compares_doubles(x.device), lanes, normalize)
 
 

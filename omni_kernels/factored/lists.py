@@ -80,10 +80,8 @@ def lists_kernel(
         x_ptr, y_ptr, stride_xn, stride_yn, row_ptrs, stride_n, lane, lane * 0, lane * 0, first_token, num_tokens, PLAN,
         one,
     )  # fmt: skip
-    by_column, keys = (), ()
-    for rank in tl.static_range(RANKS):
-        by_column = by_column + (_column_first(best[rank], PLAN),)
-    by_column = sort(by_column, RANKS, PLAN, one)
+    by_column = sort(tl.tuple([_column_first(key, PLAN) for key in best]), RANKS, PLAN, one)
+    keys = ()
     for rank in tl.static_range(K):
         if rank < RANKS:
             keys = keys + (_value_first(by_column[rank], first_column, PLAN),)

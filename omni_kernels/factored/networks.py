@@ -163,7 +163,7 @@ def _run(keys, KIND, FIRST, K, PLAN, one):
         for i, j in comparators:
             larger, smaller = tl.maximum(keys[i], keys[j]), tl.minimum(keys[i], keys[j])
             keys[i], keys[j] = larger, smaller
-        return tuple([keys[wire] for wire in outputs])
+        return tl.tuple([keys[wire] for wire in outputs])
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .keys import bit_length, float_to_key, lowest, pack_wide, unpack, unpack_wide
 from .networks import best_of, bitonic, is_less, is_turned, merge, settle
-from .ptx import load_shared, load_value, partners, store_row
+from .ptx import load, load_value, partners, store_row
 
 
 @triton.constexpr_function
@@ -35,12 +35,9 @@ def _half_staircase(values, ids, other_values, other_ids, odd, ID_BITS, PLAN, on
     SIDE: tl.constexpr = PLAN.side
     shifted_values, shifted_ids = (), ()
     for rank in tl.static_range(RANKS):
-        if rank + 1 < RANKS:
-            shifted_values = shifted_values + (tl.where(odd, other_values[rank + 1], other_values[rank]),)
-            shifted_ids = shifted_ids + (tl.where(odd, other_ids[rank + 1], other_ids[rank]),)
-        else:
-            shifted_values, shifted_ids = shifted_values + other_values[rank:], shifted_ids + other_ids[rank:]
-    keys, lost = (), tl.zeros_like(ids[0])
+        shifted_values = shifted_values + (tl.where(odd, other_values[min(rank + 1, RANKS - 1)], other_values[rank]),)
+        shifted_ids = shifted_ids + (tl.where(odd, other_ids[min(rank + 1, RANKS - 1)], other_ids[rank]),)
+    keys, lost = tl.tuple(()), tl.zeros_like(ids[0])  # the interpreter cannot add Triton's tuples to one of Python's
     for a in tl.static_range(SIDE):
         for b in tl.static_range(a, min(K // (a + 1), RANKS)):
             value, low = values[a] + shifted_values[b], ids[a] | shifted_ids[b]
@@ -74,7 +71,7 @@ def _half_staircase(values, ids, other_values, other_ids, odd, ID_BITS, PLAN, on
 def _settle_rows(keys, PLAN):
     """`settle` for every row of a lane's half of the staircase."""
     SIDE: tl.constexpr = PLAN.side
-    settled = ()
+    settled = tl.tuple(())
     for a in tl.static_range(SIDE):
         settled = settled + settle(keys[first_pair(a, PLAN) : first_pair(a + 1, PLAN)], PLAN)
     return settled
@@ -109,10 +106,10 @@ def select_pairs(best, poison, odd, columns, SHORT, PLAN, one):
     other_half = partners(half, 1, PLAN)
     if PLAN.split:  # a bitonic merge, of which the even lane finishes the better half and the odd lane the other
         kept = best_of(half + other_half, len(half), PLAN, one)
-        pairs = ()
-        for slot in tl.static_range(K // 2):
-            chosen = is_less(kept[slot], kept[slot + K // 2], PLAN) ^ odd
-            pairs = pairs + (tl.where(chosen, kept[slot + K // 2], kept[slot]),)
+        pairs = [
+            tl.where(is_less(kept[slot], kept[slot + K // 2], PLAN) ^ odd, kept[slot + K // 2], kept[slot])
+            for slot in tl.tuple(range(K // 2))
+        ]
         pairs = bitonic(pairs, PLAN, one)
     else:
         pairs = merge(half + other_half, len(half), K, PLAN, one)
@@ -123,7 +120,7 @@ def select_pairs(best, poison, odd, columns, SHORT, PLAN, one):
             score, reversed_low = unpack(pairs[slot], ID_BITS)
             low = (1 << ID_BITS) - 1 - reversed_low
             rank = RANKS - 1 - (low & ((1 << RANK_BITS) - 1))
-            column = load_shared(columns + rank * 4, 32)
+            column = load(columns + rank * 4, 32)
         else:
             score, low = unpack_wide(pairs[slot], PLAN)
             column = low & ROW_MASK

@@ -3,7 +3,9 @@
 A plan holds everything about a launch: the kernel, its tiles and warps, how it reads rows and orders keys, the grid.
 The rules in a kernel's file decide it for a problem: N, k, dtypes, layout, device, few or many tokens. The kernel and
 its helpers read it as one constant, PLAN. All kernels of this folder have plans, and so has the gradient (backward.py).
-A helper's arguments in capitals are constants, too: Triton passes a constant on as one, whatever a helper says.
+A helper's arguments in capitals are constants, too: Triton passes a constant on as one, whatever a helper says. What a
+comprehension makes is a tuple to Triton, which takes none but those over tuples, and a list to the interpreter:
+`tl.tuple` makes both alike.
 
 A `Launch` is a plan whose kernel is compiled. Launching it again skips what Triton does for every call: binding the
 arguments, looking at each of them, looking up the binary.
@@ -11,6 +13,7 @@ arguments, looking at each of them, looking up the binary.
 
 import contextlib
 import dataclasses
+import math
 import sys
 import threading
 
@@ -98,6 +101,11 @@ class Plan(dict):
     def ranks(self):
         """How many columns of a row can be among the k best pairs."""
         return min(self.k, self.num_expert_sqrt)
+
+    @property
+    def side(self):
+        """The rows of a lane's half of the staircase."""
+        return min(math.isqrt(self.k), self.num_expert_sqrt)
 
 
 @dataclasses.dataclass(frozen=True)

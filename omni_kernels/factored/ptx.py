@@ -32,6 +32,24 @@ def register(bits):
     return {16: "h", 32: "r", 64: "l"}[bits]
 
 
+@triton.constexpr_function
+def space_of(address):
+    """The memory that an address of that dtype is of."""
+    return "shared" if address == tl.int32 else "global"
+
+
+@triton.constexpr_function
+def vector(names, bits=32):
+    """What the name of a load or store of some registers ends in, and the operand that they are."""
+    return (f"v{len(names)}.b{bits}", "{" + ", ".join(names) + "}") if len(names) > 1 else (f"b{bits}", names[0])
+
+
+@triton.jit
+def _execute(CODE, CONSTRAINTS, args):
+    """Run PTX for what it does. Triton wants a result, $0; the arguments are behind it."""
+    tl.inline_asm_elementwise(f"{{ {CODE} mov.u32 $0, 0; }}", "=r," + CONSTRAINTS, args, tl.int32, False, 1)
+
+
 @triton.jit
 def allocate_rows(like, BYTES):
     """Shared memory for this program: its address, in every thread of `like`.
@@ -65,9 +83,7 @@ def copy_rows(buffer, address, wanted, PLAN):
     thread = tl.arange(0, buffer.shape[0])
     rows = buffer + (thread - thread % 32) * PLAN.pitch  # of the warp
     sync_warp(thread)
-    tl.inline_asm_elementwise(
-        _copies(PLAN), "=r,r,l,r,l", [rows, address, wanted, _policy(thread, PLAN)], tl.int32, False, 1
-    )
+    _execute(_copies(PLAN), "r,l,r,l", [rows, address, wanted, _policy(thread, PLAN)])
 
 
 @triton.constexpr_function
@@ -110,7 +126,7 @@ def _copies(plan):
             @p cp.async.{mode}.shared.global.L2::cache_hint [place+{behind[0] * plan.pitch + to_source}],
                 [source+{to_source}], {plan.vector}, $4;""")
         lines.append("cp.async.commit_group;")
-    return " ".join(["{", *lines, "mov.u32 $0, 0; }"])
+    return " ".join(lines)
 
 
 @triton.constexpr_function
@@ -131,33 +147,9 @@ def _policy(like, PLAN):
 
 
 @triton.jit
-def _copy_vector(target, source, wanted, policy, VECTOR):
-    """Start copying VECTOR bytes (4, 8 or 16) to shared memory, if wanted."""
-    MODE: tl.constexpr = "cg" if VECTOR == 16 else "ca"
-    tl.inline_asm_elementwise(
-        f"""{{
-        .reg .pred p;
-        setp.ne.s32 p, $3, 0;
-        @p cp.async.{MODE}.shared.global.L2::cache_hint [$1], [$2], {VECTOR}, $4;
-        mov.u32 $0, 0;
-        }}""",
-        "=r,r,l,r,l", [target, source, wanted, policy], tl.int32, False, 1,
-    )  # fmt: skip
-
-
-@triton.jit
-def _commit(like):
-    """What was copied since the last time is one part."""
-    tl.inline_asm_elementwise("cp.async.commit_group; mov.u32 $0, 0;", "=r,r", [like], tl.int32, False, 1)
-
-
-@triton.jit
 def wait_for_rows(part, PARTS):
     """Wait until the parts up to `part`, counted from 0, of what this warp copied last have arrived."""
-    WAITS: tl.constexpr = _waits(PARTS)
-    tl.inline_asm_elementwise(
-        f"{{ .reg .pred p; {WAITS} bar.warp.sync 0xffffffff; mov.u32 $0, 0; }}", "=r,r", [part], tl.int32, False, 1
-    )
+    _execute(".reg .pred p; " + _waits(PARTS) + " bar.warp.sync 0xffffffff;", "r", [part])
 
 
 @triton.constexpr_function
@@ -204,8 +196,11 @@ def copy_columns(buffer, x_ptr, y_ptr, stride_x, stride_y, token, num_tokens, fi
     for part in tl.static_range(PARTS):
         for square in tl.static_range(part * COLUMNS // SIDE, (part + 1) * COLUMNS // SIDE):
             offset = (thread ^ square) % 8 * 16 + (square % 8 * (THREADS // 8) * PLAN.pitch + square // 8 * 128)
-            _copy_vector(target + offset, source + square * 16 * stride, wanted, policy, 16)
-        _commit(thread)
+            _execute(
+                ".reg .pred p; setp.ne.s32 p, $3, 0; @p cp.async.cg.shared.global.L2::cache_hint [$1], [$2], 16, $4;",
+                "r,l,r,l", [target + offset, source + square * 16 * stride, wanted, policy],
+            )  # fmt: skip
+        _execute("cp.async.commit_group;", "r", [thread])
 
 
 @triton.jit
@@ -233,27 +228,15 @@ def turn_columns(buffer, first, COLUMNS, PLAN):
             for word in tl.static_range(4):
                 target = rows + (square + more) * 16 + (word * (2 * SIDE // 4) * PLAN.pitch + start)
                 if PLAN.itemsize == 4:
-                    row = ()
-                    for i in tl.static_range(SIDE):
-                        row = row + (columns[more + i][word],)
-                    store_words(target, row)
+                    store(target, [column[word] for column in columns[more : more + SIDE]])
                 else:
                     even, odd = (), ()
                     for i in tl.static_range(0, SIDE, 2):
                         low, high = transpose_halves(columns[more + i][word], columns[more + i + 1][word])
                         even, odd = even + (low,), odd + (high,)
-                    store_words(target, even)
-                    store_words(target + 2 * PLAN.pitch, odd)
+                    store(target, even)
+                    store(target + 2 * PLAN.pitch, odd)
     sync_warp(thread)
-
-
-@triton.jit
-def store_words(address, words):
-    """Four 32-bit words to shared memory."""
-    tl.inline_asm_elementwise(
-        "st.shared.v4.b32 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0;", "=r,r,r,r,r,r",
-        [address, words[0], words[1], words[2], words[3]], tl.int32, False, 1,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -270,15 +253,45 @@ def load_words(address, WORDS):
 
 @triton.constexpr_function
 def _load(count, address):
-    space = "shared" if address == tl.int32 else "global"
-    return f"ld.{space}{_vector(range(count))}, [${count}];"
+    kind, words = vector([f"${i}" for i in range(count)])
+    return f"ld.{space_of(address)}.{kind} {words}, [${count}];"
+
+
+@triton.jit
+def load(address, BITS, SPACE=None):
+    """An integer of 16, 32 or 64 bits, from an address as in `store`; 16 bits of shared memory as an int32 >= 0."""
+    WIDTH: tl.constexpr = max(BITS, 32) if address.dtype == tl.int32 else BITS
+    return tl.inline_asm_elementwise(
+        f"ld.{SPACE or space_of(address.dtype)}.u{BITS} $0, [$1];",
+        f"={register(WIDTH)},{register(address.dtype.primitive_bitwidth)}", [address],
+        tl.int64 if WIDTH == 64 else tl.int32 if WIDTH == 32 else tl.int16, False, 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def store(address, words, mask=None, BITS=None, SPACE=None):
+    """Store a tuple of words of 16, 32 or 64 bits, or the lower BITS of each, one behind the other.
+
+    address: as in `load_words`; in a lane's own memory where SPACE says so ("local"). mask: if at all.
+    """
+    WIDTH: tl.constexpr = words[0].dtype.primitive_bitwidth
+    masks = () if mask is None else (mask.to(tl.int32),)
+    _execute(
+        _stores(len(words), BITS or WIDTH, SPACE or space_of(address.dtype), mask is not None),
+        register(address.dtype.primitive_bitwidth) + "," + operands(register(WIDTH), len(words)) + ",r" * len(masks),
+        (address,) + words + masks,
+    )
 
 
 @triton.constexpr_function
-def _vector(numbers):
-    """What a load or store of some operands, 32 bits each, ends in."""
-    names = ", ".join(f"${number}" for number in numbers)
-    return f".v{len(numbers)}.b32 {{{names}}}" if len(numbers) > 1 else f".b32 {names}"
+def _stores(count, bits, space, masked):
+    """PTX that stores words from $2 on at $1, as many at a time as divide them, if what is behind them says so."""
+    width = next(width for width in (4, 2, 1) if count % width == 0) if bits == 32 else 1
+    lines, guard = ([f".reg .pred p; setp.ne.s32 p, ${2 + count}, 0;"], "@p ") if masked else ([], "")
+    for i in range(0, count, width):
+        kind, words = vector([f"${2 + i + j}" for j in range(width)], bits)
+        lines.append(f"{guard}st.{space}.{kind} [$1+{i * bits // 8}], {words};")
+    return " ".join(lines)
 
 
 @triton.jit
@@ -308,35 +321,35 @@ def partner(value, distance, PLAN):
 @triton.jit
 def partners(values, distance, PLAN):
     """`partner` of each of a tuple."""
-    found = ()
-    for i in tl.static_range(len(values)):
-        found = found + (partner(values[i], distance, PLAN),)
-    return found
+    return tl.tuple([partner(value, distance, PLAN) for value in values])
 
 
 @triton.jit
-def load_value(ptrs, PLAN):
-    """One logit from anywhere in global memory, as fp32."""
-    if PLAN.ptx and ptrs.dtype.element_ty == tl.float32:
-        bits = tl.inline_asm_elementwise("ld.global.b32 $0, [$1];", "=r,l", [ptrs.to(tl.int64)], tl.int32, False, 1)
-        return bits.to(tl.float32, bitcast=True)
-    elif PLAN.ptx:
-        bits = tl.inline_asm_elementwise("ld.global.b16 $0, [$1];", "=h,l", [ptrs.to(tl.int64)], tl.int16, False, 1)
-        return bits.to(ptrs.dtype.element_ty, bitcast=True).to(tl.float32)
+def load_value(place, PLAN):
+    """One logit, as fp32, from anywhere in global memory, or from an address in shared memory, an int32."""
+    if not PLAN.ptx:
+        return tl.load(place).to(tl.float32)
     else:
-        return tl.load(ptrs).to(tl.float32)
+        bits = load(place if place.dtype == tl.int32 else place.to(tl.int64), 8 * PLAN.itemsize)
+        if PLAN.itemsize == 2:
+            bits = bits.to(tl.int16)
+        return bits.to(PLAN.element_ty, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def unpack_word(word, DTYPE):
-    """A 32-bit word -> the fp32 values of the one or two logits in it."""
-    if DTYPE == tl.float32:
-        return (word.to(tl.float32, bitcast=True),)
-    elif DTYPE == tl.bfloat16:
-        return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
-    else:
-        low, high = word.to(tl.int16).to(DTYPE, bitcast=True), (word >> 16).to(tl.int16).to(DTYPE, bitcast=True)
-        return low.to(tl.float32), high.to(tl.float32)
+def unpack_words(words, DTYPE):
+    """A tuple of 32-bit words -> one of the fp32 values of the one or two logits in each."""
+    values = ()
+    for i in tl.static_range(len(words)):
+        word = words[i]
+        if DTYPE == tl.float32:
+            values = values + (word.to(tl.float32, bitcast=True),)
+        elif DTYPE == tl.bfloat16:
+            values = values + ((word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True))
+        else:
+            low, high = word.to(tl.int16).to(DTYPE, bitcast=True), (word >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+            values = values + (low.to(tl.float32), high.to(tl.float32))
+    return values
 
 
 @triton.jit
@@ -348,15 +361,13 @@ def _pack_words(values):
         for i in tl.static_range(len(values)):
             words = words + (values[i].to(tl.int32), (values[i] >> 32).to(tl.int32))
     elif values[0].dtype.primitive_bitwidth == 32:
-        for i in tl.static_range(len(values)):
-            words = words + (values[i].to(tl.int32, bitcast=True),)
+        words = tl.tuple([value.to(tl.int32, bitcast=True) for value in values])
     elif len(values) % 2 == 0:
         for i in tl.static_range(0, len(values), 2):
             low = values[i].to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
             words = words + (low | (values[i + 1].to(tl.int16, bitcast=True).to(tl.int32) << 16),)
     else:
-        for i in tl.static_range(len(values)):
-            words = words + (values[i].to(tl.int16, bitcast=True),)
+        words = tl.tuple([value.to(tl.int16, bitcast=True) for value in values])
     return words
 
 
@@ -364,48 +375,10 @@ def _pack_words(values):
 def store_row(ptrs, values, mask, PLAN):
     """Store a tuple of values, each already in its dtype, as a contiguous row at each pointer."""
     if PLAN.ptx:
-        words = _pack_words(values)
-        tl.inline_asm_elementwise(
-            _stores(len(words), words[0].dtype.primitive_bitwidth),
-            "=r,l," + operands(register(words[0].dtype.primitive_bitwidth), len(words)) + ",r",
-            (ptrs.to(tl.int64),) + words + (mask.to(tl.int32),), tl.int32, False, 1,
-        )  # fmt: skip
+        store(ptrs.to(tl.int64), _pack_words(values), mask)
     else:
         for i in tl.static_range(len(values)):
             tl.store(ptrs + i, values[i], mask=mask)
-
-
-@triton.constexpr_function
-def _stores(count, bits):
-    """PTX that stores words from $2 on at $1, as many at a time as divide them, if what is behind them says so."""
-    width = next(width for width in (4, 2, 1) if count % width == 0) if bits == 32 else 1
-    lines = []
-    for i in range(0, count, width):
-        place, values = f"[$1+{i * bits // 8}]", range(2 + i, 2 + i + width)
-        if bits == 16:
-            lines.append(f"@p st.global.b16 {place}, ${2 + i};")
-        else:
-            operation, names = _vector(values).split(" ", 1)
-            lines.append(f"@p st.global{operation} {place}, {names};")
-    return " ".join(["{ .reg .pred p;", f"setp.ne.s32 p, ${2 + count}, 0;", *lines, "mov.u32 $0, 0; }"])
-
-
-@triton.jit
-def load_shared(address, BITS):
-    """A number of 16, 32 or 64 bits from shared memory: an int64, or an int32 with zeros above."""
-    return tl.inline_asm_elementwise(
-        f"ld.shared.u{BITS} $0, [$1];", "=" + register(max(BITS, 32)) + ",r", [address],
-        tl.int64 if BITS == 64 else tl.int32, False, 1,
-    )  # fmt: skip
-
-
-@triton.jit
-def store_shared(address, value, BITS, mask):
-    """The low BITS (16, 32 or 64) bits of an int32 or int64, to shared memory."""
-    tl.inline_asm_elementwise(
-        f"{{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.shared.b{BITS} [$1], $2; mov.u32 $0, 0; }}",
-        "=r,r," + register(max(BITS, 32)) + ",r", [address, value, mask.to(tl.int32)], tl.int32, False, 1,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -417,33 +390,15 @@ def allocate_private(like, BYTES):
 
 
 @triton.jit
-def load_private(address, BITS):
-    """An int32 or int64 from a lane's own memory."""
-    return tl.inline_asm_elementwise(
-        f"ld.local.b{BITS} $0, [$1];", "=" + register(BITS) + ",l", [address], tl.int64 if BITS == 64 else tl.int32,
-        False, 1,
-    )  # fmt: skip
-
-
-@triton.jit
-def store_private(address, value):
-    """An int32 or int64 to a lane's own memory."""
-    BITS: tl.constexpr = value.dtype.primitive_bitwidth
-    tl.inline_asm_elementwise(
-        f"st.local.b{BITS} [$1], $2; mov.u32 $0, 0;", "=r,l," + register(BITS), [address, value], tl.int32, False, 1
-    )
-
-
-@triton.jit
 def sync_warp(like):
     """Wait for the warp, and for what it wrote."""
-    tl.inline_asm_elementwise("bar.warp.sync 0xffffffff; mov.u32 $0, 0;", "=r,r", [like], tl.int32, False, 1)
+    _execute("bar.warp.sync 0xffffffff;", "r", [like])
 
 
 @triton.jit
 def sync_program(like):
     """Wait for all warps of the program, and for what they wrote."""
-    tl.inline_asm_elementwise("bar.sync 0; mov.u32 $0, 0;", "=r,r", [like], tl.int32, False, 1)
+    _execute("bar.sync 0;", "r", [like])
 
 
 @triton.jit

@@ -11,25 +11,12 @@ code once, so that fetching long networks takes longer than executing them; wher
 are short and in loops (`best_in_loops`).
 """
 
-import math
-
 import triton
 import triton.language as tl
 
+from . import ptx
 from .keys import index_bits, lowest, pack, pack_tuple, unpack
 from .networks import best_of, is_turned, merge, merge_best, pile_up, settle, sort, taken
-from .ptx import (
-    copies,
-    hide,
-    load_value,
-    load_words,
-    operands,
-    store_shared,
-    transpose_halves,
-    turn_columns,
-    unpack_word,
-    wait_for_rows,
-)
 from .softmax import moved, total_of_tile
 
 
@@ -72,7 +59,7 @@ def _keys_of_maxima(row, first_chunk, CHUNKS, PLAN):
     VECTOR: tl.constexpr = PLAN.vector
     maxima = ()  # one of each chunk: a value, or a word of two halves that are still to be compared
     for start in tl.static_range(0, CHUNKS * CHUNK * PLAN.itemsize, VECTOR):
-        words = load_words(row + start, VECTOR // 4)
+        words = ptx.load_words(row + start, VECTOR // 4)
         for first in tl.static_range(0, len(words), CHUNK // PER_WORD):
             if PER_WORD == 2:
                 word = words[first]
@@ -80,10 +67,7 @@ def _keys_of_maxima(row, first_chunk, CHUNKS, PLAN):
                     word = _larger_halves(word, words[first + i], DTYPE)
                 maxima = maxima + (word,)
             else:
-                chunk = ()
-                for i in tl.static_range(CHUNK):
-                    chunk = chunk + unpack_word(words[first + i], DTYPE)
-                maxima = maxima + (_maximum(chunk),)
+                maxima = maxima + (_maximum(ptx.unpack_words(words[first : first + CHUNK], DTYPE)),)
     keys = ()
     if PER_WORD == 1:
         keys = pack_tuple(maxima, first_chunk, PLAN.chunk_key, PLAN)
@@ -91,9 +75,9 @@ def _keys_of_maxima(row, first_chunk, CHUNKS, PLAN):
         for i in tl.static_range(0, len(maxima), 2):
             chunk = first_chunk + i
             if i + 1 == len(maxima):
-                keys = keys + pack_tuple((_maximum(unpack_word(maxima[i], DTYPE)),), chunk, PLAN.chunk_key, PLAN)
+                keys = keys + pack_tuple((_maximum(ptx.unpack_words(maxima[i:], DTYPE)),), chunk, PLAN.chunk_key, PLAN)
             else:
-                lows, highs = transpose_halves(maxima[i], maxima[i + 1])
+                lows, highs = ptx.transpose_halves(maxima[i], maxima[i + 1])
                 pair = _larger_halves(lows, highs, DTYPE)
                 keys = keys + _keys_of_word(pair, _reversed_columns(row, chunk), DTYPE)
     return keys
@@ -135,36 +119,28 @@ def keys_of_columns(row, column, COUNT, VECTOR, KEY, PLAN):
     """The keys of COUNT logits at an address, the first of which is in `column`, read VECTOR bytes at once."""
     words = ()
     for start in tl.static_range(0, COUNT * PLAN.itemsize, VECTOR):
-        words = words + load_words(row + start, VECTOR // 4)
+        words = words + ptx.load_words(row + start, VECTOR // 4)
     keys = ()
     if PLAN.itemsize == 2:
         reversed_columns = _reversed_columns(row, column)
         for i in tl.static_range(len(words)):
             keys = keys + _keys_of_word(words[i], reversed_columns - 0x20002 * i, PLAN.element_ty)
     else:
-        values = ()
-        for i in tl.static_range(len(words)):
-            values = values + unpack_word(words[i], PLAN.element_ty)
-        keys = pack_tuple(values, column, KEY, PLAN)
+        keys = pack_tuple(ptx.unpack_words(words, PLAN.element_ty), column, KEY, PLAN)
     return keys
 
 
 @triton.jit
 def _keys_of_strided(row_ptrs, stride_n, start, COUNT, PLAN):
     """The keys of COUNT columns from `start` on, read one by one."""
-    values = ()
-    for i in tl.static_range(COUNT):
-        values = values + (load_value(row_ptrs + (start + i).to(tl.int64) * stride_n, PLAN),)
+    values = [ptx.load_value(row_ptrs + (start + i).to(tl.int64) * stride_n, PLAN) for i in tl.tuple(range(COUNT))]
     return pack_tuple(values, start, PLAN.element_ty, PLAN)
 
 
 @triton.jit
 def _skip_first(keys, skip, PLAN):
     """The first `skip` keys become the lowest."""
-    kept = ()
-    for i in tl.static_range(len(keys)):
-        kept = kept + (tl.where(i < skip, lowest(keys[i], PLAN), keys[i]),)
-    return kept
+    return tl.tuple([tl.where(i < skip, lowest(keys[i], PLAN), keys[i]) for i in tl.tuple(range(len(keys)))])
 
 
 @triton.jit
@@ -173,14 +149,11 @@ def shift(keys, column, PLAN):
     if PLAN.doubles and keys[0].dtype == tl.int64:
         COUNT: tl.constexpr = len(keys)
         return tl.inline_asm_elementwise(
-            _shifting(COUNT), operands("=&l", COUNT) + "," + operands("l", COUNT) + ",r", keys + (column,),
-            copies(tl.int64, COUNT), True, 1,
+            _shifting(COUNT), ptx.operands("=&l", COUNT) + "," + ptx.operands("l", COUNT) + ",r", keys + (column,),
+            ptx.copies(tl.int64, COUNT), True, 1,
         )  # fmt: skip
     else:
-        shifted = ()
-        for i in tl.static_range(len(keys)):
-            shifted = shifted + (keys[i] - column,)
-        return shifted
+        return tl.tuple([key - column for key in keys])
 
 
 @triton.constexpr_function
@@ -197,10 +170,7 @@ def _shifting(count):
 @triton.jit
 def lowest_keys(like, COUNT, PLAN):
     """A tuple of COUNT keys below all others."""
-    keys = ()
-    for _rank in tl.static_range(COUNT):
-        keys = keys + (lowest(like, PLAN),)
-    return keys
+    return (lowest(like, PLAN),) * COUNT
 
 
 @triton.jit
@@ -265,10 +235,10 @@ def best_in_loops(row, buffer, num_tokens, PLAN, one):
     largest, total = tl.full(none.shape, float("-inf"), tl.float32), none * 0.0
     adding = None if PLAN.sums_in_parts else one  # beside powers it is the slots to issue that are few
     for group in tl.range(PLAN.parts):
-        wait_for_rows(none + group, PLAN.parts)
-        first = hide(none + group * PLAN.group)
+        ptx.wait_for_rows(none + group, PLAN.parts)
+        first = ptx.hide(none + group * PLAN.group)
         if PLAN.transposed:
-            turn_columns(buffer, first * PLAN.chunk, PLAN.group * PLAN.chunk, PLAN)
+            ptx.turn_columns(buffer, first * PLAN.chunk, PLAN.group * PLAN.chunk, PLAN)
         maxima = _keys_of_maxima(row + first * (PLAN.chunk * PLAN.itemsize), first, PLAN.group, PLAN)
         more = sort(maxima, len(chunks), PLAN, adding)
         chunks = merge(chunks + more, len(chunks), len(chunks), PLAN, adding)
@@ -284,14 +254,14 @@ def best_in_loops(row, buffer, num_tokens, PLAN, one):
         numbers = chunks[i] & 0xFF
         for byte in tl.static_range(1, 4):
             numbers = numbers | ((chunks[i + byte] & 0xFF) << (8 * byte))
-        store_shared(row + (BEHIND + i), numbers, 32, none == 0)
+        ptx.store(row + (BEHIND + i), (numbers,))
     best = lowest_keys(none, PLAN.listed, PLAN)
     NUMBER: tl.constexpr = (1 << min(index_bits(PLAN.chunk_key), 8)) - 1
     STEP: tl.constexpr = PLAN.group // PLAN.chunk
     for at in tl.range(0, CHUNKS, STEP):
         keys = ()
         for i in tl.static_range(0, STEP, 4):
-            numbers = ~load_words(row + hide(none + at) + (BEHIND + i), 1)[0]
+            numbers = ~ptx.load_words(row + ptx.hide(none + at) + (BEHIND + i), 1)[0]
             for byte in tl.static_range(4):
                 keys = keys + _keys_of_chunk(row, ((numbers >> (8 * byte)) & NUMBER) * PLAN.chunk, PLAN)
         best = merge(best + sort(keys, PLAN.listed, PLAN, one), PLAN.listed, PLAN.listed, PLAN, one)
@@ -324,11 +294,6 @@ def chunks_listed(plan):
     return -(-plan.own * plan.chunk // plan.group) * (plan.group // plan.chunk)
 
 
-@triton.constexpr_function
-def _gcd(a, b):
-    return math.gcd(a, b)
-
-
 @triton.jit
 def exact_keys(best, row, doubt, PLAN):
     """The 64-bit keys of the best of a tile of fp32 logits, descending, from the 32-bit keys of two more, or of all.
@@ -345,7 +310,7 @@ def exact_keys(best, row, doubt, PLAN):
     exact = ()
     for rank in tl.static_range(min(K + 1, len(best))):
         column = unpack(best[rank], BITS)[1]
-        value = load_words(row + (column * 4).to(row.dtype), 1)[0].to(tl.float32, bitcast=True)
+        value = ptx.load_words(row + (column * 4).to(row.dtype), 1)[0].to(tl.float32, bitcast=True)
         exact = exact + (pack(value, column, tl.float32, PLAN),)
     while tl.max(is_turned(exact, PLAN), 0) != 0:  # neighbours seldom change places
         exact = settle(exact, PLAN)
@@ -353,7 +318,7 @@ def exact_keys(best, row, doubt, PLAN):
 
     lower = tl.zeros_like(doubt)
     for start in tl.range(0, tl.max(doubt, 0) * PLAN.tile_n * 4, PLAN.vector):
-        words = load_words(row + start, PLAN.vector // 4)
+        words = ptx.load_words(row + start, PLAN.vector // 4)
         for i in tl.static_range(len(words)):
             lower = lower | words[i]
     doubt = ((doubt != 0) & (lower & ((1 << BITS) - 1) != 0)).to(tl.int32)
@@ -365,10 +330,10 @@ def exact_keys(best, row, doubt, PLAN):
 @triton.jit
 def _sorted_top(row, PLAN):
     """The 64-bit keys of the best of a tile of fp32 logits, in little code."""
-    FEW: tl.constexpr = _gcd(PLAN.tile_n, PLAN.group if PLAN.group <= 16 else 8)
+    FEW: tl.constexpr = min(PLAN.tile_n & -PLAN.tile_n, PLAN.group if PLAN.group <= 16 else 8)
     best = lowest_keys(tl.zeros_like(row).to(tl.int64), PLAN.own, PLAN)
     for group in tl.range(PLAN.tile_n // FEW):
-        start = hide(tl.zeros_like(row).to(tl.int32) + group * FEW)
+        start = ptx.hide(tl.zeros_like(row).to(tl.int32) + group * FEW)
         keys = keys_of_columns(row + start * 4, start, FEW, PLAN.vector, tl.float32, PLAN)
         best = merge(best + sort(keys, PLAN.own, PLAN), PLAN.own, PLAN.own, PLAN)
     return best

@@ -10,12 +10,10 @@ moves all exponents of a row alike; a correction of their sum takes that back. W
 them out of fp32's range, the slope is 1, which rounds nothing.
 """
 
-import math
-
 import triton
 import triton.language as tl
 
-from .ptx import hide, load_value, register
+from . import ptx
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -60,10 +58,7 @@ def origin_of_row(best):
 @triton.jit
 def differences(sums, best):
     """The ratios of a tuple of sums that are exact: tuples of high and of low, where no high is FAR."""
-    highs, lows = (), ()
-    for slot in tl.static_range(len(sums)):
-        highs, lows = highs + (sums[slot] - best,), lows + (tl.zeros_like(best),)
-    return highs, lows
+    return tl.tuple([total - best for total in sums]), (tl.zeros_like(best),) * len(sums)
 
 
 # Scores ---------------------------------------------------------------------------------------------------------------
@@ -136,7 +131,7 @@ def total_of_tile(row, BYTES, skip, best, num_tokens, PLAN):
 
     row: int32, in shared memory, or int64, in global memory; in vectors of the plan.
     """
-    STEP: tl.constexpr = _gcd(BYTES, BLOCK)
+    STEP: tl.constexpr = min(BYTES & -BYTES, BLOCK)
     slope, origin, correction = _scale_of_row(best)
     if STEP == BYTES:
         total = _powers(row, STEP, skip, slope, origin, PLAN)
@@ -144,7 +139,7 @@ def total_of_tile(row, BYTES, skip, best, num_tokens, PLAN):
         total, rest = tl.zeros_like(best), tl.zeros_like(best)
         # A compiler that knew how often the loop runs would write it out.
         for start in tl.range(0, tl.minimum(num_tokens, 1).to(tl.int32) * BYTES, STEP):
-            first = hide(skip * 0 + start)
+            first = ptx.hide(skip * 0 + start)
             part = _powers(row + first, STEP, skip - first // PLAN.itemsize, slope, origin, PLAN)
             total, rest = add_exactly(total, rest, part)
     return total * correction
@@ -154,7 +149,7 @@ def total_of_tile(row, BYTES, skip, best, num_tokens, PLAN):
 def _powers(address, BYTES, skip, slope, origin, PLAN):
     """The sum of exp2(logit * slope - origin) of a block, but of the first `skip`."""
     return tl.inline_asm_elementwise(
-        _block(BYTES, address.dtype, PLAN), "=f,f,f,r," + register(address.dtype.primitive_bitwidth),
+        _block(BYTES, address.dtype, PLAN), "=f,f,f,r," + ptx.register(address.dtype.primitive_bitwidth),
         [slope, -origin, skip, address], tl.float32, False, 1,
     )  # fmt: skip
 
@@ -168,19 +163,14 @@ def add_exactly(total, rest, part):
 
 
 @triton.constexpr_function
-def _gcd(a, b):
-    return math.gcd(a, b)
-
-
-@triton.constexpr_function
 def _block(size, address, plan):
     """PTX that adds up exp2(logit * $1 + $2) of `size` bytes of logits at $4, but the first $3."""
-    space, vector = "shared" if address == tl.int32 else "global", min(size, plan.vector)
+    space, vector = ptx.space_of(address), min(size, plan.vector)
     lines, values = [], []
     for start in range(0, size, vector):
         words = [f"word{start // 4 + i}" for i in range(vector // 4)]
-        names = f".v{len(words)}.b32 {{{', '.join(words)}}}" if len(words) > 1 else f".b32 {words[0]}"
-        lines.append(f"ld.{space}{names}, [$4+{start}];")
+        kind, names = ptx.vector(words)
+        lines.append(f"ld.{space}.{kind} {names}, [$4+{start}];")
         for word in words:
             for half in range(4 // plan.itemsize):
                 value = f"value{len(values)}"
@@ -210,7 +200,7 @@ def total_of_strided_segment(row_ptrs, stride_n, first_column, COUNT, skip, best
     origin = origin_of_row(best)
     total, rest = tl.zeros_like(best), tl.zeros_like(best)
     for column in tl.range(COUNT):
-        value = load_value(row_ptrs + (first_column + column).to(tl.int64) * stride_n, PLAN)
+        value = ptx.load_value(row_ptrs + (first_column + column).to(tl.int64) * stride_n, PLAN)
         power = tl.where(column < skip, 0.0, tl.exp2((value - origin) * LOG2E))
         total, rest = add_exactly(total, rest, power)
     return total

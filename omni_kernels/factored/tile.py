@@ -52,7 +52,7 @@ class TilePlan(Plan):
 
     @property
     def side(self):
-        """The rows of the staircase that are written out; its first columns have the rest."""
+        """The rows of the staircase that are written out, even of a short factor; its first columns have the rest."""
         return math.isqrt(self.k)
 
     @property
