@@ -34,7 +34,6 @@ SUM_BITS = 9  # the fraction that nearly all sums of bf16 logits need
 MANY_LANES = 16  # of a token, where there are few tokens
 WARPS_OF_FEW_TOKENS = 3  # that a scheduler gets, at N = 256, before two lanes a token are faster
 STAGED_BYTES = 128  # of a row a lane; fewer are read straight from global memory
-SHORT_ROW = 256  # bytes of rows that are faster with the usual priority in L2, by 2 to 4%
 
 
 @dataclasses.dataclass(frozen=True)
@@ -479,10 +478,9 @@ def plan_of(num_expert_sqrt, k, dtype, scores_dtype, alignment, transposed, doub
     # Two warps a program run closer together and share more of the code they fetch, which long code gains from.
     warps = 2 if staged and itemsize == 2 and reading["tile_n"] * itemsize == TILE_BYTES else 1
     warps = 8 // itemsize if transposed else warps  # whose tokens fill a cache line of a column
-    priority = "evict_first" if row > SHORT_ROW else "evict_normal"
     return LanesPlan(
         num_expert_sqrt, k, dtype, scores_dtype, warps, lanes, **reading, group=PILED_GROUP if part else group,
-        staged=staged, transposed=transposed, priority=priority, looped=looped, part=part, short_keys=short_keys,
+        staged=staged, transposed=transposed, priority="evict_first", looped=looped, part=part, short_keys=short_keys,
         short_pairs=short_pairs, add_minima=staged and lanes == 2 and k <= 16, doubles=doubles,
         ptx=not interpreting(), normalize=normalize,
     )  # fmt: skip
