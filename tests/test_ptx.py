@@ -93,6 +93,7 @@ CASES = [
     case(512, 3, BF16, -16, True, 2, transposed=True, tile_n=128, chunk=4, num_warps=4),
     case(256, 3, FP32, -16, False, 2, transposed=True, tile_n=128, short_keys=True, num_warps=2),
     case(128, 9, FP32, -16, True, 2, transposed=True, looped=True, short_keys=True, num_warps=2),
+    case(128, 9, BF16, -16, True, 2, transposed=True, looped=False, chunk=4, num_warps=4),
     # Logit by logit.
     case(33, 5, BF16, 2, True, 4, tile_n=0),
     case(7, 5, FP16, 0, True, 4, tile_n=0),

@@ -21,7 +21,7 @@ from . import ptx, rows, softmax
 from .keys import bit_length, unpack
 from .networks import merge, merge_best
 from .pairs import fill_masked, first_pair, select_pairs
-from .plan import Plan, count
+from .plan import OVER_ALL, Plan, count
 from .softmax import FAR
 
 MAX_EXPERTS_PER_TOKEN = 32  # more would not fit in a lane's registers
@@ -456,6 +456,8 @@ def plan_of(num_expert_sqrt, k, dtype, scores_dtype, alignment, transposed, doub
         tile_n, chunk = widest_tile(LOOPED_TILE if itemsize == 2 or doubles else TILE_BYTES // 4), 4
         looped = staged and not ragged and vector >= 4 * itemsize and group >= 16 and (itemsize == 2 or k <= 16)
         looped = looped and tile_n >= 8 * k and tile_n % (4 * group) == 0
+        # Columns of 16 bits are faster turned a whole tile at once, unless parts of rows are summed as they arrive.
+        looped = looped and (not transposed or itemsize == 4 or normalize in OVER_ALL)
         if k > 16 and itemsize == 2 and lanes == 2 and segment > LOOPED_TILE and not transposed:
             looped, tile_n, chunk = False, widest_tile(PILED_TILE), 1
             part = next(n for n in range(PART, 0, -1) if tile_n % n == 0 and n % step == 0)
