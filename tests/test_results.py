@@ -140,6 +140,26 @@ def test_ladder_compares_each_rung_with_the_last_that_ran(no_tables, monkeypatch
     ]
 
 
+def test_a_second_card_is_compared_where_the_machine_code_is_the_same():
+    rows = [
+        row(case, name, us, method="graph", gpu=gpu, binary=binary, bandwidth_gbs=speed_of_copy)
+        for gpu, speed_of_copy, factor, code in (("An H100", 2000.0, 1.0, "b"), ("B", 3000.0, 0.5, "c"))
+        for case, name, us, binary in (
+            (MAIN, layer.OURS, 30.0 * factor, code),
+            (MAIN, layer.BACKWARD, 50.0 * factor, "b"),
+            (MAIN._replace(num_tokens=8), layer.BACKWARD, 2.0, "b"),
+            (MAIN, layer.GATES, 100.0 * factor, None),
+            (MAIN, layer.EAGER, 300.0 * factor, None),
+        )
+    ]
+    table = layer_report.cards_table(pd.DataFrame(rows))
+    assert table.splitlines()[2:] == [
+        f"| {layer.BACKWARD} | 65,536 | 256 | 50 | 25 | 2.00 | 1.50 |",
+        f"| {layer.BACKWARD} | 8 | 256 | 2 | 2 | 1.00 | 1.50 |",
+        "| gates | 65,536 | 256 | 100 | 50 | 2.00 | 1.50 |",
+    ]
+
+
 def test_losses_are_told(no_tables, monkeypatch):
     rows = row(MAIN, rivals.FACTORED, 40.0), row(MAIN, rivals.OMNI, 50.0)
     add_run(monkeypatch, "A GPU", "2.0", "ladder", *rows)

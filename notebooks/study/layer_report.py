@@ -38,6 +38,24 @@ def accuracy_table(rows):
                           lines)  # fmt: skip
 
 
+def cards_table(rows):
+    """What becomes of a kernel's time on a second GPU: of all whose machine code was the same there, and of PyTorch's
+    own, how many times as fast it is, and how many times as fast that GPU copies."""
+    gpus, lines = list(dict.fromkeys(rows.gpu))[:2], []
+    rows = rows[(rows.method == "graph") & (rows.binary.notna() | rows.rival.isin([GATES, LOG_SOFTMAX, EXP]))]
+    rows = rows[rows.gpu.isin(gpus)].fillna({"binary": ""})
+    for _, group in rows.groupby(["rival", *CASE, "binary"], sort=False):
+        if len(group) == 2:
+            (us, other_us), (copy, other_copy) = group.us, group.bandwidth_gbs
+            times = f"{us / other_us:.2f}", f"{other_copy / copy:.2f}"
+            lines.append(
+                (group.rival.iloc[0], *_sizes(group.iloc[0]), microseconds(us), microseconds(other_us), *times)
+            )
+    return reports.markdown(
+        ["kernel", "tokens", "N", *(f"{gpu}, µs" for gpu in gpus), "times as fast", "a copy"], lines
+    )
+
+
 def _times_of_cases(rows):
     """Every case of one GPU with the times of all that was measured in it, NaN of what failed."""
     for case, group in rows.groupby(CASE, sort=False):

@@ -1,6 +1,6 @@
 """README's results, filled from the recorded tables."""
 
-from . import calls_report, layer_report, reports, speed_report
+from . import calls_report, layer_report, many_gpus_report, reports, speed_report
 from .files import REPOSITORY, replacing
 
 README = REPOSITORY / "README.md"
@@ -9,6 +9,7 @@ FOLDED = [
     ("All sizes, with the corners", "targets", speed_report.targets_table),
     ("The router inside its layer, from logits to probabilities and back", "layer", layer_report.layer_table),
     ("What a call costs the host, beside PyTorch's own operators", "calls", calls_report.ratios_table),
+    ("On two GPUs", "many_gpus", many_gpus_report.targets_table),
     ("Without a GPU", "cpu", calls_report.cpu_table),
     ("What an optimization guide expects of its kernels, and what came of it", "guide", speed_report.guide_table),
 ]
