@@ -138,7 +138,8 @@ def dispatch(hidden, scores, indices, num_experts, group=None):
         refused = ((experts < -1) | (experts >= num_experts)).any() * REFUSALS.index(ValueError)
         sending = _Sending(experts, num_experts, num_ranks)
         counts = sending.counts
-    sent, received = consult(group, backends, device, refused, [*alike, *wanted], counts)
+    hear = prepare(group, backends, device, refused, [*alike, *wanted], counts)()
+    sent, received = torch.stack(hear()).tolist()
     if refusal is None and sent[0][0]:
         try:
             check_values("indices", indices, -1, num_experts - 1)
@@ -250,11 +251,6 @@ def backends_of(group):
 
 def refusal_code(error):
     return REFUSALS.index(TypeError if isinstance(error, TypeError) else ValueError)
-
-
-def consult(*args):
-    """What this rank told each rank, and each told it, as lists of integers: those of `prepare`."""
-    return torch.stack(prepare(*args)()()).tolist()
 
 
 def prepare(group, backends, device, refused, facts, counts=None):

@@ -46,14 +46,11 @@ def cards_table(rows):
     rows = rows[rows.gpu.isin(gpus)].fillna({"binary": ""})
     for _, group in rows.groupby(["rival", *CASE, "binary"], sort=False):
         if len(group) == 2:
-            (us, other_us), (copy, other_copy) = group.us, group.bandwidth_gbs
+            first, (us, other_us), (copy, other_copy) = group.iloc[0], group.us, group.bandwidth_gbs
             times = f"{us / other_us:.2f}", f"{other_copy / copy:.2f}"
-            lines.append(
-                (group.rival.iloc[0], *_sizes(group.iloc[0]), microseconds(us), microseconds(other_us), *times)
-            )
-    return reports.markdown(
-        ["kernel", "tokens", "N", *(f"{gpu}, µs" for gpu in gpus), "times as fast", "a copy"], lines
-    )
+            lines.append((first.rival, *_sizes(first), microseconds(us), microseconds(other_us), *times))
+    header = ["kernel", "tokens", "N", *(f"{gpu}, µs" for gpu in gpus), "times as fast", "a copy"]
+    return reports.markdown(header, lines)
 
 
 def _times_of_cases(rows):

@@ -43,8 +43,8 @@ def ladder_table(rows):
 
 
 def _in_order(rows):
-    """The rungs of one GPU from the first to the last: a new one is at the end of its table."""
-    return rows.sort_values("rival", key=lambda names: names.map(LADDER.index))
+    """The rungs from the first to the last, where a new one is at the end of its table. GPUs keep their order."""
+    return rows.sort_values("rival", key=lambda names: names.map(LADDER.index), kind="stable")
 
 
 def targets_table(rows):
@@ -165,10 +165,10 @@ FAMILIES = {
 
 def draw_ladder(rows):
     """A dot for every rung, its time on a log scale, and how far that is from the floor; a panel for every GPU."""
-    rows = rows.dropna(subset="us")
+    rows = _in_order(rows.dropna(subset="us"))
     figure, panels = panel_for_each_gpu(rows, width=8, height=5.8)
     for axes, (_, group) in zip(panels, groups(rows, "gpu"), strict=True):
-        group, floor = _in_order(group), group.floor_us.iloc[0]
+        floor = group.floor_us.iloc[0]
         for place, row in enumerate(group.itertuples()):
             color, marker = FAMILIES[RIVALS[row.rival].family]
             axes.plot([floor, row.us], [place, place], color=color, linewidth=2.5, alpha=0.45)
@@ -182,7 +182,7 @@ def draw_ladder(rows):
         axes.set_yticks(range(len(group)), group.rival)
         axes.set_ylim(len(group) - 0.4, -1.2)
         axes.grid(False, axis="y")
-    families = dict.fromkeys(RIVALS[name].family for name in _in_order(rows).rival)
+    families = dict.fromkeys(RIVALS[name].family for name in rows.rival)
     handles = [plt.Line2D([], [], color=FAMILIES[name][0], marker=FAMILIES[name][1], markersize=7) for name in families]
     panels[0].legend(handles, families, loc="lower right", fontsize=9)
     return finish(figure)
