@@ -104,6 +104,11 @@ def some(num_tokens, device):
     return num_tokens // 6 if device.type == "cpu" else num_tokens
 
 
+def some_dtypes(name, device):
+    """All of them, or where kernels are interpreted fp32 alone in most cases: who gets what hangs on no dtype."""
+    return DTYPES[:1] if device.type == "cpu" and name not in ("random", "many") else DTYPES
+
+
 def check_layer(device, rank, num_ranks):
     last = expert_range(NUM_EXPERTS, num_ranks - 1, num_ranks)
     none, other = [(0,)] * num_ranks, [(7,)] * (num_ranks - 1)
@@ -125,7 +130,7 @@ def check_layer(device, rank, num_ranks):
     }
     for name, options in cases.items():
         num_experts, case = options.get("num_experts", NUM_EXPERTS), random_case(num_ranks, **options)
-        for dtype in DTYPES:
+        for dtype in some_dtypes(name, device):
             assert_layer(case, num_experts, dtype, device, rank, num_ranks, name=name)
 
 
@@ -165,7 +170,7 @@ def check_floats(device, rank, num_ranks):
     def normal(*shape, generator):
         return torch.randn(shape, generator=generator)
 
-    case = random_case(num_ranks, sizes=[(some(50, device),)] * num_ranks, k=8, numbers=normal)
+    case = random_case(num_ranks, sizes=[(some(24, device),)] * num_ranks, k=8, numbers=normal)
     weights, biases = parameters(NUM_EXPERTS, normal)
     for dtype in DTYPES:
         wants, _ = alone(case, NUM_EXPERTS, weights.to(dtype), biases.to(dtype), dtype)

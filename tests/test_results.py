@@ -539,7 +539,7 @@ def test_calls_are_told_and_drawn(call_rows, tmp_path, monkeypatch):
     lines = reports.told("calls", calls_report.ratios_table).splitlines()
     assert lines[2] == "| a call, 1024 tokens, N = 256, k = 16, bf16 | µs | over | µs | times |"
     assert lines[4] == "| omni_router, no gradient | 24 | x.topk(16) | 10 | 2.40 |"
-    assert len(lines) == 4 + 5
+    assert len(lines) == 4 + 6
     whole = reports.told("calls", calls_report.calls_table)
     assert "| `x + y` | 5 | 5 to 5 |" in whole
     assert "checks of the arguments" in reports.told("calls", calls_report.parts_table)
@@ -567,7 +567,8 @@ def test_calls_on_a_cpu_are_measured_once_and_told(no_tables, monkeypatch):
     assert "| 70 | 8 | 3 | bf16 |" in told
 
 
-def test_calls_of_this_commit_are_not_timed_again(call_rows, monkeypatch):
+def test_calls_of_this_commit_are_not_timed_again(no_tables, monkeypatch):
+    add_run(monkeypatch, "A GPU", "2.0", "calls", {"rival": "one"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(speed, "logits", lambda case: (None, None))
     monkeypatch.setattr(calls, "rows_of", lambda *_: [{"rival": "one"}])
@@ -814,11 +815,12 @@ def layer_rows(no_tables, timed, monkeypatch, device):
 
 def test_the_layer_is_measured_once_what_is_right(layer_rows):
     assert [found["error"] for found in layer_rows.values()] == [None] * len(layer_rows)
-    steps = [f"{name}, {layer.BOTH}" for name in layer.COMPARED]
+    steps = [f"{name}, {how}" for name in layer.COMPARED for how in (layer.BOTH, layer.ONE_THREAD)]
     assert [layer_rows[name]["us"] for name in steps] == list(map(len, steps))
     others = layer_rows.keys() - set(steps)
     assert {layer_rows[name]["us"] for name in others} == {2.0}
-    assert {name for names in layer_report.STACKS.values() for name in names} <= others
+    in_graphs = {f"{name}, {layer.GRAPH}" for name in layer.COMPARED}
+    assert {name for names in layer_report.STACKS.values() for name in names} | in_graphs <= others
     assert layer_rows[layer.OURS]["floor_us"] == pytest.approx(5 * (2 * 16 * 2 + 4 * 6) / 3e6)
     assert layer_rows[layer.BACKWARD]["floor_us"] == pytest.approx(5 * (4 * 16 * 2 + 4 * 6) / 3e6)
     known = tables.last_keys(tables.read("layer"), ["rival", *rivals.CASE])
@@ -839,9 +841,9 @@ def test_wrong_layers_are_not_timed(no_tables, timed, monkeypatch, device):
     assert failed == {
         layer.OURS: "ValueError: scores differ",
         layer.BACKWARD: "ValueError: gradients differ",
-        f"{layer.OURS}, {layer.BOTH}": "ValueError: gradients differ",
+        **{f"{layer.OURS}, {how}": "ValueError: gradients differ" for how in layer_report.WAYS},
     }
-    assert [rows[name]["us"] for name in failed] == [None] * 3
+    assert [rows[name]["us"] for name in failed] == [None] * 5
 
 
 @pytest.mark.parametrize("counts", [0, 1, 3])
@@ -855,16 +857,20 @@ def test_wrong_counts_are_seen(counts):
 
 
 def test_the_layer_is_told_and_drawn(layer_rows, tmp_path, monkeypatch):
-    first = {
-        layer_report.forward_table: "| 5 | 16 | 0.000147 | 2 | 2 | 1.00 | 2 | 2 | 2 | 1.00 |",
-        layer_report.backward_table: "| 5 | 16 | 0.000253 | 2 | 0.0% |",
-        layer_report.steps_table: "| 5 | 16 | 39 | 44 | 54 | 0.89 | 0.72 |",
-        layer_report.layer_table: "| 5 | 16 | 2 | 2 | 2 | 2 | 39 | 44 | 54 | 0.72 |",
+    want = {
+        layer_report.forward_table: ["| 5 | 16 | 0.000147 | 2 | 2 | 1.00 | 2 | 2 | 2 | 1.00 |"],
+        layer_report.backward_table: ["| 5 | 16 | 0.000253 | 2 | 0.0% |"],
+        layer_report.steps_table: [
+            "| 5 | 16 | from Python | 39 | 44 | 54 | 0.89 | 0.72 |",
+            "| 5 | 16 | on one thread | 53 | 58 | 68 | 0.91 | 0.78 |",
+            "| 5 | 16 | in a CUDA graph | 2 | 2 | 2 | 1.00 | 1.00 |",
+        ],
+        layer_report.layer_table: ["| 5 | 16 | 2 | 2 | 2 | 2 | 39 | 44 | 54 | 0.72 |"],
     }
-    for table, line in first.items():
-        head, rule, *lines = reports.told("layer", table).splitlines()[2:]
-        assert lines == [line]
-        assert head.count("|") == rule.count("|") == line.count("|")
+    for table, lines in want.items():
+        head, rule, *found = reports.told("layer", table).splitlines()[2:]
+        assert found == lines
+        assert head.count("|") == rule.count("|") == lines[0].count("|")
     monkeypatch.setattr(pictures.plt, "show", lambda: None)
     monkeypatch.setattr(pictures, "FIGURES", tmp_path)
     reports.show("layer", layer_report.draw_layer, "layer")

@@ -19,6 +19,7 @@ ROUNDS = 15  # all calls in turn in each
 ADD, TOPK, TIMES_ONE, COMPILED_ADD = "x + y", f"x.topk({CASE.k})", "x * 1", "x + y, compiled"
 OMNI, FACTORED, PUBLIC, COMPILED = rivals.OMNI, rivals.FACTORED, rivals.PUBLIC, "omni_router, compiled"
 PLAIN, WITH_GRADIENT, BACKWARD, BOTH = "no gradient", "with gradient", "backward alone", "forward + backward"
+ONE_THREAD = f"{BOTH} on one thread"
 
 # Which time of omni_router is compared with which of PyTorch's.
 RATIOS = {
@@ -26,6 +27,7 @@ RATIOS = {
     f"{OMNI}, {WITH_GRADIENT}": TOPK,
     f"{OMNI}, {BACKWARD}": f"{TIMES_ONE}, {BACKWARD}",
     f"{OMNI}, {BOTH}": f"{FACTORED}, {BOTH}",
+    f"{OMNI}, {ONE_THREAD}": f"{OMNI}, {BOTH}",
     f"{COMPILED}, {PLAIN}": COMPILED_ADD,
 }
 
@@ -48,7 +50,8 @@ def calls(x, y, k):
 
 
 def differentiated(name, function, *tensors):
-    """A function's call without a gradient, with one, the backward pass alone, and both."""
+    """A function's call without a gradient, with one, the backward pass alone, and both; these also with the backward
+    pass on the thread that calls, where else a GPU's has its own and the two wait for each other."""
     leaves = tuple(tensor.detach().requires_grad_() for tensor in tensors)
 
     @functools.cache
@@ -60,11 +63,19 @@ def differentiated(name, function, *tensors):
         result, gradient = result_and_gradient()
         return torch.autograd.grad(result, leaves, gradient, retain_graph=True)
 
+    def both():
+        return torch.autograd.grad(function(*leaves)[0], leaves, result_and_gradient()[1])
+
+    def both_on_one_thread():
+        with torch.autograd.set_multithreading_enabled(False):
+            return both()
+
     return {
         f"{name}, {PLAIN}": lambda: function(*tensors),
         f"{name}, {WITH_GRADIENT}": lambda: function(*leaves),
         f"{name}, {BACKWARD}": backward_alone,
-        f"{name}, {BOTH}": lambda: torch.autograd.grad(function(*leaves)[0], leaves, result_and_gradient()[1]),
+        f"{name}, {BOTH}": both,
+        f"{name}, {ONE_THREAD}": both_on_one_thread,
     }
 
 

@@ -50,7 +50,7 @@ def cpu_table(rows):
 def draw_calls(rows):
     """A bar for every call; a panel for every GPU."""
     rows = rows[rows.kind == "call"].dropna(subset="us")
-    figure, panels = pictures.panel_for_each_gpu(rows, width=7.5, height=5.2)
+    figure, panels = pictures.panel_for_each_gpu(rows, width=7.5, height=6.2)
     colors = {OMNI: GREEN, COMPILED: GREEN, FACTORED: ORANGE, PUBLIC: RED}
     for axes, (_, group) in zip(panels, rows.groupby("gpu", sort=False), strict=True):
         places = np.arange(len(group))

@@ -23,8 +23,9 @@ CASES = [
 ]  # fmt: skip
 ROUTER, OURS, EAGER = "router alone", 'normalize="softmax"', "log_softmax, router, exp"
 COMPILED, ADAPTIVE = f"{EAGER}, compiled", "adaptive_router"
-BACKWARD, BOTH = f"{OURS}, {calls.BACKWARD}", calls.BOTH
-COMPARED = [OURS, EAGER, COMPILED]  # forward + backward, from Python
+BACKWARD, BOTH, ONE_THREAD = f"{OURS}, {calls.BACKWARD}", calls.BOTH, calls.ONE_THREAD
+GRAPH = f"{BOTH} in a CUDA graph"
+COMPARED = [OURS, EAGER, COMPILED]  # there and back
 GATES, LOG_SOFTMAX, LATER_ROUTER, EXP = "gates", "log_softmax", "router, fp32", "exp"
 WIDTH = 1024  # of the hidden states that gates read
 TOP_P = 0.5
@@ -123,6 +124,17 @@ def backward_alone(route):
     return backward
 
 
+def there_and_back(route):
+    """Both passes of a route as a function of logits, for CUDA graphs: both in one call, on whatever stream that is."""
+
+    def step(x, y):
+        leaves = x.detach().requires_grad_(), y.detach().requires_grad_()
+        scores = route(*leaves)[0]
+        return torch.autograd.grad(scores, leaves, torch.ones_like(scores))
+
+    return step
+
+
 def parts_of(x, y, k):
     """What stands around a router without `normalize`: {name: (function, the tensors it takes)}."""
     hidden = torch.randn(len(x), WIDTH, device=x.device, dtype=x.dtype)
@@ -171,15 +183,18 @@ def rows_of(case, known=frozenset()):
     timed[BACKWARD] = backward_alone(routes[OURS]), (x, y)
     if case.num_tokens == MAIN.num_tokens:
         timed |= parts_of(x, y, case.k)
-    steps = {f"{name}, {BOTH}": calls.differentiated(name, routes[name], x, y)[f"{name}, {BOTH}"] for name in COMPARED}
+    timed |= {f"{name}, {GRAPH}": (there_and_back(routes[name]), (x, y)) for name in COMPARED}
+    steps = {f"{name}, {how}": calls.differentiated(name, routes[name], x, y)[f"{name}, {how}"]
+             for name in COMPARED for how in (BOTH, ONE_THREAD)}  # fmt: skip
     floors = {name: speed.num_bytes(case) for name in routes} | {BACKWARD: backward_bytes(case)}
+    floors |= {f"{name}, {GRAPH}": floors[name] + floors[BACKWARD] for name in COMPARED}
     limits = speed.limits()
     rows = {}
     for name in (*timed, *steps):
         floor = floors[name] / limits["bandwidth_gbs"] / 1e3 if name in floors else None
         unknown = dict.fromkeys(["method", *speed.QUANTILES, "call_us", "binary", "error"])
         rows[name] = {"rival": name, **case._asdict(), "floor_us": floor, **limits, **unknown}
-    for name in (ROUTER, OURS, ADAPTIVE, BACKWARD):  # the others belong to PyTorch's version
+    for name in (ROUTER, OURS, ADAPTIVE, BACKWARD, f"{OURS}, {GRAPH}"):  # the others belong to PyTorch's version
         call, tensors = timed[name]
         rows[name] |= faults.attempt(lambda call=call, tensors=tensors: {"binary": binary_of(lambda: call(*tensors))})
     if all(tables.key(row, IDENTITY) in known for row in rows.values()):
@@ -188,9 +203,9 @@ def rows_of(case, known=frozenset()):
     want = speed.reference(x, y, case.k)
     for name, (call, tensors) in timed.items():
         if not rows[name]["error"]:
-            rows[name] |= faults.attempt(_checked_and_timed, name, call, tensors, want)
+            rows[name] |= faults.attempt(_checked_and_timed, name, call, tensors, want, routes)
     for name, step in steps.items():
-        failed = faults.attempt(_check_step, step, routes[name.removesuffix(f", {BOTH}")], x, y)
+        failed = faults.attempt(_check_step, step, _route_of(name, routes), x, y)
         rows[name] |= failed or {"method": "rounds"}
     works = {name: step for name, step in steps.items() if not rows[name]["error"]}
     for name, times in timing.rounds_us(works, calls.ROUNDS).items():
@@ -198,13 +213,20 @@ def rows_of(case, known=frozenset()):
     return list(rows.values())
 
 
-def _checked_and_timed(name, call, tensors, want):
+def _route_of(name, routes):
+    """That of a step's name."""
+    return routes[name.rsplit(", ", 1)[0]]
+
+
+def _checked_and_timed(name, call, tensors, want, routes):
     if name == ROUTER and speed.compare(call(*tensors), want, *tensors) != "equal":
         raise ValueError("result differs")
     if name in (OURS, EAGER, COMPILED, ADAPTIVE):
         check_result(call(*tensors), want[1], *tensors)
     if name == BACKWARD:
         check_gradients(call(*tensors), *tensors, want[1])
+    if name.endswith(GRAPH):
+        _check_step(lambda: call(*tensors), _route_of(name, routes), *tensors)
     return speed.times_us(call, *tensors)
 
 
