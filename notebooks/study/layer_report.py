@@ -109,10 +109,11 @@ def layer_table(rows):
     for case, us, _ in _times_of_cases(rows):
         steps = [us(f"{name}, {BOTH}") for name in COMPARED]
         lines.append((*_sizes(case), *map(microseconds, (us(ROUTER), us(OURS), us(EAGER), us(COMPILED), *steps)),
-                      number(steps[0] / steps[2], ".2f")))  # fmt: skip
+                      number(steps[0] / steps[2], ".2f"),
+                      number(us(f"{OURS}, {GRAPH}") / us(f"{COMPILED}, {GRAPH}"), ".2f")))  # fmt: skip
     return reports.markdown([*_head(rows), "router alone, µs", f"`{OURS}`, µs", f"{EAGER}, µs", "compiled, µs",
                            f"forward + backward of `{OURS}`, µs", f"of {EAGER}, µs", "compiled, µs",
-                           "ours over compiled"], lines)  # fmt: skip
+                           "ours over compiled", "the same in a CUDA graph"], lines)  # fmt: skip
 
 
 def adaptive_table(rows):
