@@ -3,6 +3,7 @@
 import concurrent.futures
 import itertools
 import os
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -226,7 +227,7 @@ def test_a_new_token_count_neither_tunes_nor_compiles(route, monkeypatch):
     def fail(*_, **__):
         raise AssertionError("compiled or tuned again")
 
-    monkeypatch.setattr("triton.testing.do_bench", fail)
+    monkeypatch.setattr(configs, "time_on_gpu", fail)
     monkeypatch.setattr("triton.compiler.compile", fail)
     monkeypatch.setattr("triton.runtime.jit.JITFunction._do_compile", fail)
     for num_tokens in (65, 101, 112, 128):
@@ -235,10 +236,10 @@ def test_a_new_token_count_neither_tunes_nor_compiles(route, monkeypatch):
 
 def test_a_configuration_the_compiler_gives_up_on_loses(monkeypatch):
     def raising(error):
-        def do_bench(launch, quantiles, **_):
+        def time_on_gpu(*_):
             raise error
 
-        monkeypatch.setattr("triton.testing.do_bench", do_bench)
+        monkeypatch.setattr(configs, "time_on_gpu", time_on_gpu)
 
     trials = configs._Trials(forward.forward_kernel, "fwd")
     raising(RuntimeError("PassManager::run failed"))
@@ -248,10 +249,35 @@ def test_a_configuration_the_compiler_gives_up_on_loses(monkeypatch):
         trials.bench(None, (0.5, 0.2, 0.8))
 
 
+def test_a_trial_waits_for_the_host_and_other_threads_make_way(monkeypatch):
+    """The GPU waits, then come the start, the launch and the end, and no other thread has Python for long."""
+    noted, interval = [], sys.getswitchinterval()
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.place = None
+
+        def record(self):
+            self.place = len(noted)
+            noted.append("event")
+
+        def elapsed_time(self, end):
+            return float(end.place - self.place) / 2  # two steps between them: 1 ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: noted.append("wait"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    found = configs.time_on_gpu(lambda: noted.append(sys.getswitchinterval()), (0.5, 0.2))
+    assert found == [1.0, 1.0]
+    launches = [step for step in noted if isinstance(step, float)]
+    assert max(launches) < interval == sys.getswitchinterval()
+    assert noted == launches[:1] + ["wait", "event", launches[0], "event"] * (1 + configs.TRIALS_MS)
+
+
 def test_candidates_are_compiled_together_before_the_first_is_timed(monkeypatch):
     events = []
     monkeypatch.setattr(configs, "compile_all", lambda *args: events.append(args))
-    monkeypatch.setattr("triton.testing.do_bench", lambda launch, **_: events.append(launch))
+    monkeypatch.setattr(configs, "time_on_gpu", lambda launch, _: events.append(launch))
     trials = configs._Trials(forward.forward_kernel, "fwd")
     named_args = {"num_expert_sqrt": 64, "num_experts_per_token": 16, "token_bucket": 1024}
     kept = trials.prune(get_configs("general", "fwd"), named_args, grid=(1,), warmup=False, TILE_N=64)

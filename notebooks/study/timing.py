@@ -101,7 +101,7 @@ def _wait():
 
 
 def do_bench(call, **options):
-    """`triton.testing.do_bench`, which Triton's tuner takes, clearing FLUSH_BYTES before each run instead of 256 MiB.
+    """`triton.testing.do_bench`, clearing FLUSH_BYTES before each run instead of 256 MiB.
 
     That takes a large GPU the better part of a millisecond, so the host has launched the whole call by the time it
     begins. After the smaller buffer a short kernel waits for a slow host, and the wait would count.

@@ -14,21 +14,20 @@ arguments, looking at each of them, looking up the binary.
 import contextlib
 import dataclasses
 import math
-import sys
 import threading
 
 import torch
 import triton
 import triton.language as tl
 
-from ..configs import OPTIONS, compiled
+from ..configs import OPTIONS, compiled, politely
 
 MAX_PROBLEMS = 4096  # whose launches are kept
 SLOTS = 1024  # experts that a program of a `SlotsPlan` looks at
 OVER_ALL = ("softmax", "log_softmax")  # what takes a sum over every row
 
 _empty_on_gpu = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
-_loading, _polite = threading.Lock(), threading.Lock()  # what one thread at a time may do
+_loading = threading.Lock()
 ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -223,23 +222,10 @@ class Launch:
 
         def work():
             # What it raises, a launch will raise again.
-            with contextlib.suppress(Exception), torch.cuda.device(self.device), _politely():
+            with contextlib.suppress(Exception), torch.cuda.device(self.device), politely():
                 self._compile(*likes)
 
         threading.Thread(target=work, name="omni_kernels compile").start()
-
-
-@contextlib.contextmanager
-def _politely():
-    """Lets other threads have Python's interpreter within microseconds when they ask for it, where they would wait
-    for milliseconds, at every operation of PyTorch."""
-    with _polite:
-        interval = sys.getswitchinterval()
-        sys.setswitchinterval(1e-5)
-        try:
-            yield
-        finally:
-            sys.setswitchinterval(interval)
 
 
 class _Like:
