@@ -5,6 +5,7 @@ import math
 import os
 import pathlib
 import sys
+import threading
 import zlib
 
 import pytest
@@ -22,6 +23,8 @@ from study import (  # noqa: E402
     configurations,
     pictures,
     tables,
+    training_report,
+    tuner,
 )
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
@@ -212,6 +215,41 @@ def test_a_host_that_stumbles_is_not_recorded(monkeypatch):
     assert autotune.measure("run", best=6.0) == [200.0, 100.0, 300.0]
     assert autotune.measure("run", best=6.0) == [6.0, 5.0, 7.0]  # after five slow samples in a row
     assert autotune.measure("run", best=6.0) == [800.0] * 3
+
+
+def test_a_tuner_that_believes_a_busy_host_keeps_another_configuration(gpu, monkeypatch):
+    """Two configurations; a benchmark that takes the host's time beside another thread, one that does not."""
+    configs = [tuner.configs.get_configs("original", "fwd_split")[index] for index in (0, 1)]
+    times = dict(zip(map(configurations.label, configs), (28.0, 10.0), strict=True))
+
+    def is_busy():
+        return "python beside" in [thread.name for thread in threading.enumerate()]
+
+    def of_the_host(run, quantiles):
+        return [0.1 if is_busy() else run / 1000 for _ in quantiles]
+
+    def of_the_gpu(run, quantiles):
+        return [run / 1000 for _ in quantiles]
+
+    monkeypatch.setattr(tuner, "candidates", lambda: configs)
+    monkeypatch.setattr(tuner, "prepare", lambda problem, config, arch: times[configurations.label(config)])
+    monkeypatch.setattr(tuner.timing, "kernel_us", lambda calls: calls)
+    monkeypatch.setattr(tuner, "BENCHMARKS", {"host's": of_the_host, "GPU's": of_the_gpu})
+    tuner.record("binary")
+    assert not is_busy()
+    rows = training_report.recorded("tuner", *tuner.KEYS)
+    assert len(rows) == 2 * 2 * 2 and set(rows.kernel) == {"fwd_split"}
+    _, _, *lines = autotune_pictures.tuner_table(rows).splitlines()
+    kept = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    best, other = (f"{tile}, {warps} warps" for tile, warps, _ in map(configurations.label, configs[::-1]))
+    assert kept == [
+        ["`host's`", "alone", best, "10", "10", "1.00"],
+        ["`GPU's`", "alone", best, "10", "10", "1.00"],
+        ["`host's`", "beside a thread that runs Python", other, "100", "28", "2.80"],
+        ["`GPU's`", "beside a thread that runs Python", best, "10", "10", "1.00"],
+    ]
+    assert len(autotune_pictures.draw_tuner(rows).axes) == 2
+    plt.close("all")
 
 
 def test_verifying_without_time_finds_nothing(gpu, capsys):

@@ -242,3 +242,44 @@ def draw_here():
         if len(there):
             pictures.save_figure(draw_two_gpus(here, there), "autotune_two_gpus")
     print(paste(here))
+
+
+# --- what a tuner believes (tuner.py) ---
+
+
+def _kept(rows):
+    """What a tuner keeps by each benchmark on each host: (benchmark, host, the row that it takes for the fastest)."""
+    for (name, host), group in rows.groupby(["rival", "host"], sort=False):
+        yield name, host, group.loc[group.us.idxmin()]
+
+
+def tuner_table(rows):
+    best = rows.graph_us.min()
+    lines = [(f"`{name}`", host, f"{row.tile}, {row.num_warps} warps", reports.microseconds(row.us),
+              reports.microseconds(row.graph_us), reports.number(row.graph_us / best, ".2f"))
+             for name, host, row in _kept(rows)]  # fmt: skip
+    return reports.markdown(
+        ["benchmark", "host", "the tuner keeps", "believed, µs", "true, µs", "over the best"], lines
+    )
+
+
+def draw_tuner(rows):
+    """What benchmarks say of configurations against what CUDA graphs say: a panel for each host, a ring around what a
+    tuner keeps."""
+    hosts = list(dict.fromkeys(rows.host))
+    figure, panels = plt.subplots(1, len(hosts), figsize=(5.2 * len(hosts), 4.2), sharex=True, sharey=True)
+    for host, axes in zip(hosts, panels, strict=True):
+        ends = rows.graph_us.min() / 1.3, rows.graph_us.max() * 1.3
+        axes.plot(ends, ends, color="0.6", linewidth=1, zorder=0)
+        for (name, group), color, marker in zip(
+            rows[rows.host == host].groupby("rival", sort=False), (ORANGE, GREEN), "sx", strict=True
+        ):
+            axes.scatter(group.graph_us, group.us, color=color, marker=marker, s=28, label=name)
+        for _, of, row in _kept(rows):
+            if of == host:
+                axes.scatter(row.graph_us, row.us, s=160, facecolor="none", edgecolor="black", linewidth=1.2)
+        axes.set(xscale="log", yscale="log", title=host, xlabel="µs in a CUDA graph", ylabel="µs by a benchmark")
+    panels[0].legend(fontsize=8)
+    problem = Problem(*rows[list(Problem._fields)].iloc[0])
+    figure.suptitle(f"{rows.gpu.iloc[0]}, {title(problem)}, k = {problem.k}, bf16", x=0.02, ha="left", fontsize=10)
+    return pictures.finish(figure)

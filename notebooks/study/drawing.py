@@ -29,6 +29,7 @@ from . import (
     traffic,
     traffic_pictures,
     training_report,
+    tuner,
 )
 from .configurations import Problem
 from .pictures import write_figure
@@ -120,6 +121,7 @@ PICTURES = {
     "autotune_gains": lambda: _tuned(autotune_pictures.draw_gains),
     "autotune_prediction": lambda: _tuned(autotune_pictures.draw_correlations),
     "autotune_transfer": lambda: _tuned(autotune_pictures.draw_transfer),
+    "autotune_tuner": lambda: _trained(autotune_pictures.draw_tuner, "tuner", *tuner.KEYS),
     "autotune_here": lambda: _elsewhere(lambda here, _: autotune_pictures.draw_distribution(here)),
     "autotune_two_gpus": lambda: _elsewhere(autotune_pictures.draw_two_gpus),
     "ladder": lambda: reports.drawn(speed_report.draw_ladder, "ladder"),
