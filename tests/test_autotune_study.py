@@ -241,12 +241,12 @@ def test_a_tuner_that_believes_a_busy_host_keeps_another_configuration(gpu, monk
     assert len(rows) == 2 * 2 * 2 and set(rows.kernel) == {"fwd_split"}
     _, _, *lines = autotune_pictures.tuner_table(rows).splitlines()
     kept = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    best, other = (f"{tile}, {warps} warps" for tile, warps, _ in map(configurations.label, configs[::-1]))
+    best, other = ([tile, str(warps)] for tile, warps, _ in map(configurations.label, configs[::-1]))
     assert kept == [
-        ["`host's`", "alone", best, "10", "10", "1.00"],
-        ["`GPU's`", "alone", best, "10", "10", "1.00"],
-        ["`host's`", "beside a thread that runs Python", other, "100", "28", "2.80"],
-        ["`GPU's`", "beside a thread that runs Python", best, "10", "10", "1.00"],
+        ["`host's`", "alone", *best, "10", "10", "1.00"],
+        ["`GPU's`", "alone", *best, "10", "10", "1.00"],
+        ["`host's`", "beside a thread that runs Python", *other, "100", "28", "2.80"],
+        ["`GPU's`", "beside a thread that runs Python", *best, "10", "10", "1.00"],
     ]
     assert len(autotune_pictures.draw_tuner(rows).axes) == 2
     plt.close("all")

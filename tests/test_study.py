@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+import triton
 
 pytest.importorskip("seaborn")
 pytest.importorskip("nbclient")
@@ -235,6 +236,19 @@ def test_a_checkout_that_cannot_be_written_to_has_its_figures_elsewhere(monkeypa
     files.say_where.__wrapped__()
     assert capsys.readouterr().out == f"{NO_FOLDER} cannot be written to. Figures go to {found / 'figures'}\n"
     found.rmdir()
+
+
+def test_torch_compile_changes_no_assembler():
+    """PyTorch names its own only where none is named."""
+    code = "import os, study; print(os.environ['TRITON_PTXAS_PATH'])"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_PTXAS_PATH"}
+    for named in ({}, {"TRITON_PTXAS_PATH": "another"}):
+        run = subprocess.run(
+            [sys.executable, "-c", code], env=environment | named | {"PYTHONPATH": str(NOTEBOOKS)},
+            capture_output=True, encoding="utf-8", check=True,
+        )  # fmt: skip
+        own = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+        assert run.stdout.strip() == named.get("TRITON_PTXAS_PATH", str(own))
 
 
 def test_nothing_is_kept_in_a_home_that_cannot_be_written_to():

@@ -255,11 +255,11 @@ def _kept(rows):
 
 def tuner_table(rows):
     best = rows.graph_us.min()
-    lines = [(f"`{name}`", host, f"{row.tile}, {row.num_warps} warps", reports.microseconds(row.us),
+    lines = [(f"`{name}`", host, row.tile, row.num_warps, reports.microseconds(row.us),
               reports.microseconds(row.graph_us), reports.number(row.graph_us / best, ".2f"))
              for name, host, row in _kept(rows)]  # fmt: skip
     return reports.markdown(
-        ["benchmark", "host", "the tuner keeps", "believed, µs", "true, µs", "over the best"], lines
+        ["benchmark", "host", "the tuner keeps", "warps", "believed, µs", "true, µs", "over the best"], lines
     )
 
 
@@ -279,6 +279,8 @@ def draw_tuner(rows):
             if of == host:
                 axes.scatter(row.graph_us, row.us, s=160, facecolor="none", edgecolor="black", linewidth=1.2)
         axes.set(xscale="log", yscale="log", title=host, xlabel="µs in a CUDA graph", ylabel="µs by a benchmark")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
     panels[0].legend(fontsize=8)
     problem = Problem(*rows[list(Problem._fields)].iloc[0])
     figure.suptitle(f"{rows.gpu.iloc[0]}, {title(problem)}, k = {problem.k}, bf16", x=0.02, ha="left", fontsize=10)
