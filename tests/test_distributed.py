@@ -345,8 +345,10 @@ def run_together(num_ranks, backend, folder, checks):
     multiprocessing.spawn(run_checks, (num_ranks, backend, folder / "ranks", checks), num_ranks)
 
 
-@pytest.mark.parametrize("backend", ["gloo", "nccl"])
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+RANKS = [("gloo", number) for number in (1, 2, 3)] + [("nccl", number) for number in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize(("backend", "num_ranks"), RANKS)
 def test_ranks_together(backend, num_ranks, tmp_path):
     run_together(num_ranks, backend, tmp_path, CHECKS)
 

@@ -40,7 +40,9 @@ def assert_is_definition(x, y, k):
 
 @pytest.mark.parametrize(("num_expert_sqrt", "k", "dtype"), CASES, ids=str)
 def test_every_kind_of_token(num_expert_sqrt, k, dtype, device):
-    assert_is_definition(*adversarial_logits(num_expert_sqrt, dtype, device, seed=k), k)
+    every = 1 if ON_GPU or num_expert_sqrt < 40 else 2  # the interpreter is slow, and smaller rows are of all kinds
+    x, y = (part[::every] for part in adversarial_logits(num_expert_sqrt, dtype, device, seed=k))
+    assert_is_definition(x, y, k)
 
 
 @given(factors(sizes=st.sampled_from(SMALL_SIZES), max_tokens=5), st.sampled_from(SMALL_COUNTS))
@@ -51,7 +53,7 @@ def test_any_floats(device, logits, k):
 
 @pytest.mark.parametrize("k", [100, MAX_EXPERTS_PER_TOKEN])
 def test_many_experts(k, device):
-    x, y = torch.randint(-2, 3, (2, 3, 130), device=device).half()
+    x, y = torch.randint(-2, 3, (2, 2, 130), device=device).half()
     assert_is_definition(x, y, k)
 
 
