@@ -170,7 +170,7 @@ def check_floats(device, rank, num_ranks):
     def normal(*shape, generator):
         return torch.randn(shape, generator=generator)
 
-    case = random_case(num_ranks, sizes=[(some(24, device),)] * num_ranks, k=8, numbers=normal)
+    case = random_case(num_ranks, sizes=[(some(50, device),)] * num_ranks, k=8, numbers=normal)
     weights, biases = parameters(NUM_EXPERTS, normal)
     for dtype in DTYPES:
         wants, _ = alone(case, NUM_EXPERTS, weights.to(dtype), biases.to(dtype), dtype)

@@ -268,16 +268,14 @@ def draw_tuner(rows):
     tuner keeps."""
     hosts = list(dict.fromkeys(rows.host))
     figure, panels = plt.subplots(1, len(hosts), figsize=(5.2 * len(hosts), 4.2), sharex=True, sharey=True)
+    ends = rows.graph_us.min() / 1.3, rows.graph_us.max() * 1.3
     for host, axes in zip(hosts, panels, strict=True):
-        ends = rows.graph_us.min() / 1.3, rows.graph_us.max() * 1.3
+        here = rows[rows.host == host]
         axes.plot(ends, ends, color="0.6", linewidth=1, zorder=0)
-        for (name, group), color, marker in zip(
-            rows[rows.host == host].groupby("rival", sort=False), (ORANGE, GREEN), "sx", strict=True
-        ):
+        for (name, group), color, marker in zip(here.groupby("rival", sort=False), (ORANGE, GREEN), "sx", strict=True):
             axes.scatter(group.graph_us, group.us, color=color, marker=marker, s=28, label=name)
-        for _, of, row in _kept(rows):
-            if of == host:
-                axes.scatter(row.graph_us, row.us, s=160, facecolor="none", edgecolor="black", linewidth=1.2)
+        for _, _, row in _kept(here):
+            axes.scatter(row.graph_us, row.us, s=160, facecolor="none", edgecolor="black", linewidth=1.2)
         axes.set(xscale="log", yscale="log", title=host, xlabel="µs in a CUDA graph", ylabel="µs by a benchmark")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("{x:g}")

@@ -56,13 +56,13 @@ def measure():
 def record(binary):
     rows = []
     for config in tqdm(candidates(), "tuner", unit="configuration", leave=False):
-        run = prepare(PROBLEM, config, get_arch(get_device()))
-        graph_us, of = timing.kernel_us([run])[0], dict(zip(("tile", "num_warps"), label(config), strict=False))
+        run, (tile, num_warps, _) = prepare(PROBLEM, config, get_arch(get_device())), label(config)
+        of = {"tile": tile, "num_warps": num_warps, "graph_us": timing.kernel_us([run])[0]}
         for host, around in HOSTS.items():
             for name, bench in BENCHMARKS.items():
                 with around():
                     median, *_ = bench(run, quantiles=(0.5, 0.2, 0.8))
-                rows.append({"rival": name, "host": host, **of, "us": 1000 * median, "graph_us": graph_us})
+                rows.append({"rival": name, "host": host, **of, "us": 1000 * median})
     tables.append("tuner", rows, **PROBLEM._asdict(), binary=binary)
 
 
